@@ -1,0 +1,88 @@
+"""The native core: llama.cpp with a collector in its graph. Import it through `reap._native` only."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+__llama_cpp_commit__: str
+
+class SessionOptions:
+    """What a `Session` is opened with; every field has the engine's own default where 0 or an empty value allows it."""
+
+    model_path: str
+    ctx_size: int  # tokens of one sequence; 0: the model's own
+    batch_size: int  # tokens of one decode; n_batch = n_ubatch unless set apart
+    ubatch_size: int
+    n_sequences: int  # sequences that share one batch
+    threads: int  # 0: as many as the machine has cores
+    gpu_layers: int  # negative: all
+    devices: list[str]
+    override_tensors: list[tuple[str, str]]  # (regular expression of tensor names, buffer type's name)
+    rpc: list[str]  # "host:port"
+    type_k: str
+    type_v: str
+    flash_attn: str  # "auto", "on" or "off"
+    use_mmap: bool
+    repack: bool  # let the CPU backend rearrange weights (AMX and others)
+    def __init__(self) -> None: ...
+
+class Session:
+    """A model and a context. Every method that computes releases the GIL and answers Ctrl-C within one layer.
+
+    Raises `reap.errors.EngineError` with the end of llama.cpp's log, `reap.errors.UsageError` for an option it does not know.
+    """
+
+    def __init__(self, options: SessionOptions) -> None: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def n_ctx_train(self) -> int: ...
+    @property
+    def ctx_size(self) -> int: ...
+    @property
+    def ubatch_size(self) -> int: ...
+    @property
+    def n_sequences(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def has_tokenizer(self) -> bool: ...
+    @property
+    def add_bos(self) -> bool: ...
+    @property
+    def add_eos(self) -> bool: ...
+    @property
+    def bos(self) -> int: ...  # -1: none
+    @property
+    def eos(self) -> int: ...  # -1: none
+    @property
+    def chat_template(self) -> str | None: ...
+    def tokenize(self, text: bytes, add_special: bool, parse_special: bool) -> NDArray[np.int32]: ...
+    def token_text(self, token: int) -> bytes: ...
+    def start_profile(self, layers: list[int], n_experts: int, n_groups: int) -> None:
+        """Learn the model's graph from a two-token pass and prepare empty sums for `n_groups` groups (domains) of tokens."""
+
+    def profile_batch(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        groups: NDArray[np.int32],
+    ) -> None:
+        """Run one batch (all arrays int32 [n_tokens]) up to the last MoE layer and add its saliency to the sums.
+
+        `groups[i]` is the domain that token i is counted in, -1 for a token that is not counted. A batch that fails is discarded whole.
+        Position 0 of a sequence clears what the context remembers of it.
+        """
+
+    def sums(self, group: int) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
+        """counts int64, gate_sum, norm_sum, gated_norm_sum, gated_norm_sq_sum, norm_max float64, each [n_layers, n_experts];
+        total_tokens int64 [n_layers]."""
+
+    def collector_stats(self) -> dict[str, float]:
+        """seconds in the callback, bytes read by the collector, stops, batches."""
+
+    def logits(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float32]:
+        """Logits [n_tokens - first, n_vocab] of the positions from `first` on, in a fresh context."""
+
+    def log_probs(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float64]:
+        """ln p(tokens[i + 1] | tokens[..i]) for i = first .. n_tokens - 2, float64 [n_tokens - 1 - first], in a fresh context."""
