@@ -1,0 +1,208 @@
+"""Which tensors of a model carry an expert axis: the one table that says what pruning cuts, keeps and refuses.
+
+Names and shapes were read in llama.cpp's src/llama-arch.cpp (names), src/models/*.cpp and src/llama-model.cpp (shapes).
+The expert axis is the outermost of every tensor that has one, so an expert is one contiguous run of bytes.
+A name alone proves nothing, nor does an axis that happens to be as long as the expert count: both must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from reap.errors import FormatError
+from reap.gguf.reader import INTEGER_TYPES, TENSOR_TYPES, GGUFModel, TensorInfo
+
+
+class Role(Enum):
+    """What pruning does with a tensor."""
+
+    CUT = "cut"  # the outermost axis is the experts: keep some of its rows
+    KEEP = "keep"  # no expert axis: copied whole
+    REFUSE = "refuse"  # depends on the experts in a way that cutting rows does not handle
+
+
+class Rule(NamedTuple):
+    """One line of the table. pattern: of the name behind `blk.N.`; n_dims: axes a CUT tensor must have."""
+
+    pattern: str
+    role: Role
+    n_dims: int = 0
+    reason: str = ""
+
+
+_OTHER_FAMILIES = (
+    r"(?!.*exp)(attn|ssm|time_mix|channel_mix|hc|ple|altup|laurel|vis|indexer|shortconv|nextn|layer|post|pre|inp|proj)"
+    r"([_.].+)?"
+)
+_DENSE_FFN = r"(?!.*exp)ffn(\.act|(_pre|_post|_sub)?_norm(_\d)?|_(gate|up|down|act|res_score|conv_base|conv_proj))(\.[a-z_]+)?"
+
+#: The first pattern that matches a whole name decides.
+RULES: tuple[Rule, ...] = (
+    # experts, with a router that may have a bias and a selection bias
+    Rule(r"ffn_(gate|up|down|gate_up)_exps\.weight", Role.CUT, 3),
+    Rule(r"ffn_(gate|up|down|gate_up)_exps\.bias", Role.CUT, 2),
+    Rule(r"ffn_(gate|up|down|gate_up)_exps\.(scale|input_scale)", Role.CUT, 1),
+    Rule(r"ffn_gate_inp\.weight", Role.CUT, 2),
+    Rule(r"ffn_gate_inp\.bias", Role.CUT, 1),
+    Rule(r"exp_probs_b(_vl)?(\.bias|\.weight)?", Role.CUT, 1),
+    # expert-like names without an expert axis: shared experts, latent projections, Arctic's norm, Gemma-4's [n_embd] scale
+    Rule(r"ffn_(gate|up|down|gate_up|gate_inp)_shexp\..+", Role.KEEP),
+    Rule(r"ffn_norm_exps\..+", Role.KEEP),
+    Rule(r"ffn_gate_inp\.scale", Role.KEEP),
+    Rule(r"ffn_(latent|routed)_.+", Role.KEEP),
+    # everything else a block is known to hold: an axis of it may be as long as the expert count by coincidence
+    Rule(_OTHER_FAMILIES, Role.KEEP),
+    Rule(_DENSE_FFN, Role.KEEP),
+    # experts in forms that rows cannot express
+    Rule(r"ffn_(gate|up|down)_chexps\..+", Role.REFUSE, reason="one chunk expert serves a whole group of experts (GroveMoE)"),
+    Rule(r"ffn_gate_tid2eid(\..+)?", Role.REFUSE, reason="it names experts by number for every token (hash routing)"),
+    Rule(r"ffn_(gate|up|down)\.\d+\.weight", Role.REFUSE, reason="each expert is a tensor of its own; convert the model again"),
+)
+
+_BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)", re.DOTALL)
+_COMPILED = tuple((re.compile(rule.pattern), rule) for rule in RULES)
+#: Tensors whose presence makes a block a MoE layer.
+_EXPERTS = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")
+_ROUTER = "ffn_gate_inp.weight"
+_UNKNOWN = "may belong to the experts, but reap does not know this tensor"
+
+
+def find_rule(block_name: str) -> Rule | None:
+    """The table's line for a tensor named `blk.N.<block_name>`, or None if the name is not known."""
+    return next((rule for pattern, rule in _COMPILED if pattern.fullmatch(block_name)), None)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Where the experts of a model are.
+
+    architecture: of the model. n_experts: the header's expert count, 0 for a dense model. layers: GGUF block index of
+    each MoE layer, ascending, multi-token-prediction layers included -> its tensors with an expert axis, in file order.
+    routers: names of the tensors that route, in layer order. refusals: one sentence for each thing that makes the
+    model impossible to prune; empty for a model that can be pruned.
+    """
+
+    architecture: str
+    n_experts: int
+    layers: Mapping[int, tuple[TensorInfo, ...]]
+    refusals: tuple[str, ...]
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """GGUF block indices of the MoE layers, ascending."""
+        return tuple(self.layers)
+
+    @property
+    def routers(self) -> tuple[TensorInfo, ...]:
+        """The routers' tensors (weights, biases and selection biases), in layer order."""
+        return tuple(t for tensors in self.layers.values() for t in tensors if "_exps." not in t.name)
+
+    @property
+    def experts(self) -> tuple[TensorInfo, ...]:
+        """The experts' own tensors, in layer order."""
+        return tuple(t for tensors in self.layers.values() for t in tensors if "_exps." in t.name)
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """Name of each tensor to cut -> its layer."""
+        return {tensor.name: layer for layer, tensors in self.layers.items() for tensor in tensors}
+
+
+def read_architecture(model: GGUFModel) -> str:
+    """`general.architecture`. Raises FormatError if the file does not say."""
+    architecture = model.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise FormatError(f"{model.path}: has no general.architecture")
+    return architecture
+
+
+def read_count(model: GGUFModel, key: str, default: int = 0) -> int:
+    """A metadata integer that must not be negative, whatever its width. Raises FormatError if it is not one."""
+    found = model.metadata.get(key)
+    if found is None:
+        return default
+    if found.type not in INTEGER_TYPES or found.value < 0:
+        raise FormatError(f"{model.path}: {key} is not an integer of 0 or more")
+    return int(found.value)
+
+
+def read_layout(model: GGUFModel) -> ExpertLayout:
+    """Find the experts of a model. Raises FormatError where header and tensors contradict each other."""
+    architecture = read_architecture(model)
+    n_experts = read_count(model, f"{architecture}.expert_count")
+    blocks = _blocks(model)
+    moe = [layer for layer in sorted(blocks) if _is_moe(blocks[layer])]
+    if moe and n_experts == 0:
+        raise FormatError(f"{model.path}: blk.{moe[0]} has experts, but the header has no {architecture}.expert_count")
+    layers = {layer: _cut_tensors(model, blocks[layer], n_experts) for layer in moe}
+    return ExpertLayout(architecture, n_experts, layers, tuple(_refusals(model, blocks, layers, n_experts)))
+
+
+def _blocks(model: GGUFModel) -> dict[int, dict[str, TensorInfo]]:
+    """Block index -> name behind `blk.N.` -> tensor."""
+    blocks: dict[int, dict[str, TensorInfo]] = {}
+    for tensor in model.tensors.values():
+        match = _BLOCK_NAME.fullmatch(tensor.name)
+        if match:
+            blocks.setdefault(int(match[1]), {})[match[2]] = tensor
+    return blocks
+
+
+def _is_moe(block: Mapping[str, TensorInfo]) -> bool:
+    return _ROUTER in block and any(_EXPERTS.fullmatch(name) for name in block)
+
+
+def _cut_tensors(model: GGUFModel, block: Mapping[str, TensorInfo], n_experts: int) -> tuple[TensorInfo, ...]:
+    """The tensors of one MoE layer that have an expert axis, each checked."""
+    cut = []
+    for name, tensor in block.items():
+        rule = find_rule(name)
+        if rule is not None and rule.role is Role.CUT:
+            _check_axis(model, tensor, rule, n_experts)
+            cut.append(tensor)
+    return tuple(cut)
+
+
+def _check_axis(model: GGUFModel, tensor: TensorInfo, rule: Rule, n_experts: int) -> None:
+    if len(tensor.shape) != rule.n_dims:
+        raise FormatError(f"{model.path}: {tensor.name} has {len(tensor.shape)} axes, expected {rule.n_dims}")
+    if tensor.shape[-1] != n_experts:
+        raise FormatError(f"{model.path}: {tensor.name} has {tensor.shape[-1]} experts where the header says {n_experts}")
+
+
+def _refusals(
+    model: GGUFModel,
+    blocks: Mapping[int, Mapping[str, TensorInfo]],
+    layers: Mapping[int, tuple[TensorInfo, ...]],
+    n_experts: int,
+) -> Iterator[str]:
+    """One sentence for each kind of thing that makes pruning impossible, with the first tensor of that kind."""
+    seen: set[str] = set()
+    for layer, block in blocks.items():
+        for name, tensor in block.items():
+            reason = _refusal(name, tensor, layer in layers, n_experts)
+            if reason and reason not in seen:
+                seen.add(reason)
+                yield f"{model.path}: {tensor.name} {list(tensor.shape)} {reason}"
+    for tensor in model.tensors.values():
+        if "exps" in tensor.name and not _BLOCK_NAME.fullmatch(tensor.name):
+            yield f"{model.path}: {tensor.name} {list(tensor.shape)} {_UNKNOWN}"
+
+
+def _refusal(name: str, tensor: TensorInfo, is_moe: bool, n_experts: int) -> str:
+    """Why this tensor `blk.N.<name>` forbids pruning, or nothing."""
+    rule = find_rule(name)
+    if rule is None:
+        suspicious = "exp" in name or (is_moe and n_experts in tensor.shape)
+        return _UNKNOWN if suspicious else ""
+    if rule.role is Role.REFUSE:
+        return f"cannot be cut: {rule.reason}"
+    if rule.role is Role.CUT and not is_moe:
+        return "belongs to experts, but its block does not have both a router and experts"
+    if rule.role is Role.CUT and rule.n_dims == 1 and TENSOR_TYPES[tensor.type].block_size != 1:
+        return f"cannot be cut: a block of {tensor.type_name} holds several experts"
+    return ""

@@ -1,0 +1,198 @@
+"""inspect(): what a model is, where its experts are and what they weigh."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from reap.errors import FormatError, UnsupportedModelError
+from reap.gguf.experts import ExpertLayout, read_count, read_layout
+from reap.gguf.reader import GGUFModel, TensorInfo
+
+_HASH_CHUNK_BYTES = 1 << 20
+PROVENANCE_PREFIX = "reap."
+# what quantising may add to a file: one scale for a tensor or an expert (NVFP4). A quantisation is the same model
+_SCALES = (".scale", ".input_scale")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a GGUF file is. Sizes are bytes, layers are GGUF block indices.
+
+    path: the first file. name: general.name. n_layers: blocks, dense and multi-token-prediction ones included;
+    n_prediction_layers: of these, the multi-token-prediction ones, which are last. moe_layers: ascending; empty for a dense
+    model. n_experts: in every MoE layer. n_experts_used: the most any MoE layer routes a token to;
+    n_experts_used_per_layer: aligned with moe_layers. n_groups: of a grouped router, 1 if it has none; n_groups_used: how
+    many of them a token may use. tensor_types: ggml type name -> number of tensors. n_bytes: of the file or all shards.
+    expert_bytes: of all experts' tensors, routers not included; other_bytes: all else. bytes_per_expert: what removing
+    one expert from every MoE layer saves, router rows included. fingerprint: equal for two quantisations of one
+    model. router_fingerprint: of the routers' bytes. provenance: the reap.* keys of a pruned file. refusals: why the
+    model cannot be pruned, empty if it can.
+    """
+
+    path: Path
+    name: str | None
+    architecture: str
+    n_layers: int
+    n_prediction_layers: int
+    moe_layers: tuple[int, ...]
+    n_experts: int
+    n_experts_used: int
+    n_experts_used_per_layer: tuple[int, ...]
+    n_groups: int
+    n_groups_used: int
+    vocab_size: int
+    context_length: int
+    file_type: int | None
+    tensor_types: Mapping[str, int]
+    n_parameters: int
+    n_files: int
+    n_bytes: int
+    expert_bytes: int
+    other_bytes: int
+    bytes_per_expert: int
+    has_tokenizer: bool
+    has_chat_template: bool
+    fingerprint: str
+    router_fingerprint: str
+    provenance: dict[str, Any] | None
+    refusals: tuple[str, ...]
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether it has layers with experts."""
+        return bool(self.moe_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return {**asdict(self), "path": str(self.path), "is_moe": self.is_moe}
+
+
+def inspect(path: str | os.PathLike[str]) -> ModelInfo:
+    """Describe a model from its header (and its routers' bytes).
+
+    Raises UsageError if `path` is not a readable file, FormatError if it is not a sound GGUF model.
+    """
+    with GGUFModel.open(path) as model:
+        return describe(model)
+
+
+def require_moe(info: ModelInfo) -> None:
+    """Raise UnsupportedModelError for a dense model, or for one whose experts are in no layout reap knows."""
+    if not info.is_moe and info.refusals:
+        raise UnsupportedModelError(info.refusals[0])
+    if not info.is_moe:
+        raise UnsupportedModelError(f"{info.path}: {info.architecture} here is a dense model, it has no experts")
+
+
+def describe(model: GGUFModel) -> ModelInfo:
+    """The same as `inspect`, of a model that is open already. Raises FormatError."""
+    layout = read_layout(model)
+    architecture = layout.architecture
+    n_layers = read_count(model, f"{architecture}.block_count")
+    used = _used_per_layer(model, layout, n_layers)
+    cut_bytes = sum(tensor.n_bytes for tensors in layout.layers.values() for tensor in tensors)
+    expert_bytes = sum(tensor.n_bytes for tensor in layout.experts)
+    is_moe = bool(layout.layers)
+    return ModelInfo(
+        path=model.path,
+        name=_text(model, "general.name"),
+        architecture=architecture,
+        n_layers=n_layers,
+        n_prediction_layers=read_count(model, f"{architecture}.nextn_predict_layers"),
+        moe_layers=layout.moe_layers,
+        n_experts=layout.n_experts if is_moe else 0,
+        n_experts_used=max(used, default=0),
+        n_experts_used_per_layer=used,
+        n_groups=max(1, read_count(model, f"{architecture}.expert_group_count")),
+        n_groups_used=max(1, read_count(model, f"{architecture}.expert_group_used_count")),
+        vocab_size=_vocab_size(model, architecture),
+        context_length=read_count(model, f"{architecture}.context_length"),
+        file_type=read_count(model, "general.file_type") if "general.file_type" in model.metadata else None,
+        tensor_types=dict(Counter(tensor.type_name for tensor in model.tensors.values()).most_common()),
+        n_parameters=sum(tensor.n_elements for tensor in model.tensors.values()),
+        n_files=len(model.files),
+        n_bytes=model.size,
+        expert_bytes=expert_bytes,
+        other_bytes=model.size - expert_bytes,
+        bytes_per_expert=cut_bytes // layout.n_experts if is_moe else 0,
+        has_tokenizer=_text(model, "tokenizer.ggml.model") not in (None, "none"),
+        has_chat_template="tokenizer.chat_template" in model.metadata,
+        fingerprint=_fingerprint(model, layout, n_layers, used),
+        router_fingerprint=_hash_tensors(model, layout.routers),
+        provenance=_provenance(model),
+        refusals=layout.refusals,
+    )
+
+
+def _text(model: GGUFModel, key: str) -> str | None:
+    value = model.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _used_per_layer(model: GGUFModel, layout: ExpertLayout, n_layers: int) -> tuple[int, ...]:
+    """Experts per token of each MoE layer; the key holds one number or one for each block."""
+    if not layout.layers:
+        return ()
+    key = f"{layout.architecture}.expert_used_count"
+    found = model.metadata.get(key)
+    if found is None:
+        raise FormatError(f"{model.path}: has {layout.n_experts} experts, but no {key}")
+    if found.array_type is None:
+        used = [read_count(model, key)] * len(layout.layers)
+    else:
+        values = found.value
+        if len(values) != n_layers or layout.moe_layers[-1] >= n_layers:
+            raise FormatError(f"{model.path}: {key} has {len(values)} entries for {n_layers} blocks")
+        used = [values[layer] for layer in layout.layers]
+    for layer, count in zip(layout.layers, used, strict=True):
+        if type(count) is not int or not 0 < count <= layout.n_experts:
+            raise FormatError(f"{model.path}: {key} is {count} in blk.{layer}, expected 1 to {layout.n_experts}")
+    return tuple(used)
+
+
+def _vocab_size(model: GGUFModel, architecture: str) -> int:
+    tokens = model.metadata.get("tokenizer.ggml.tokens")
+    if tokens is not None and tokens.array_type is not None:
+        return tokens.length
+    embedding = model.tensors.get("token_embd.weight")
+    if embedding is not None and len(embedding.shape) == 2:
+        return embedding.shape[1]
+    return read_count(model, f"{architecture}.vocab_size")
+
+
+def _fingerprint(model: GGUFModel, layout: ExpertLayout, n_layers: int, used: tuple[int, ...]) -> str:
+    """SHA-256 over what two quantisations of one model share; types and general.* do not enter, order does not matter."""
+    digest = hashlib.sha256(b"reap.fingerprint.1\n")
+    counts = (layout.architecture, n_layers, layout.n_experts, used)
+    digest.update(repr(counts).encode())
+    for tensor in sorted(model.tensors.values(), key=lambda tensor: tensor.name):
+        if not tensor.name.endswith(_SCALES):
+            digest.update(repr((tensor.name, tensor.shape)).encode())
+    for key in sorted(model.metadata):
+        # the chat template is left out: it gets corrected in files whose weights and token ids stay the same
+        if key.startswith("tokenizer.ggml."):
+            value = model.metadata[key]
+            digest.update(repr((key, value.type, len(value.raw))).encode())
+            digest.update(value.raw)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _hash_tensors(model: GGUFModel, tensors: tuple[TensorInfo, ...]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        file = model.files[tensor.shard]
+        end = tensor.offset_bytes + tensor.n_bytes
+        for offset in range(tensor.offset_bytes, end, _HASH_CHUNK_BYTES):
+            digest.update(file.read_range(offset, min(_HASH_CHUNK_BYTES, end - offset)))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _provenance(model: GGUFModel) -> dict[str, Any] | None:
+    found = {key: pair.value for key, pair in model.metadata.items() if key.startswith(PROVENANCE_PREFIX)}
+    return found or None
