@@ -25,6 +25,10 @@ class ReapError(Exception):
     exit_code: int = 1
 
 
+class ReapWarning(UserWarning):
+    """Something a user should know that does not stop the work."""
+
+
 class UsageError(ReapError):
     """The call was wrong: an option, a path or a number that can never work."""
 
