@@ -39,6 +39,8 @@ class Session:
     @property
     def ctx_size(self) -> int: ...
     @property
+    def batch_size(self) -> int: ...
+    @property
     def ubatch_size(self) -> int: ...
     @property
     def n_sequences(self) -> int: ...
@@ -58,8 +60,8 @@ class Session:
     def chat_template(self) -> str | None: ...
     def tokenize(self, text: bytes, add_special: bool, parse_special: bool) -> NDArray[np.int32]: ...
     def token_text(self, token: int) -> bytes: ...
-    def start_profile(self, layers: list[int], n_experts: int, n_groups: int) -> None:
-        """Learn the model's graph from a two-token pass and prepare empty sums for `n_groups` groups (domains) of tokens."""
+    def start_profile(self, layers: list[int], n_experts: int) -> None:
+        """Learn the model's graph from a two-token pass and prepare empty sums. `layers`: the MoE layers of the file, ascending."""
 
     def profile_batch(
         self,
@@ -68,11 +70,20 @@ class Session:
         sequences: NDArray[np.int32],
         groups: NDArray[np.int32],
     ) -> None:
-        """Run one batch (all arrays int32 [n_tokens]) up to the last MoE layer and add its saliency to the sums.
+        """Run one batch (all arrays int32 [n_tokens]) up to the last MoE layer; its saliency waits for `commit`.
 
-        `groups[i]` is the domain that token i is counted in, -1 for a token that is not counted. A batch that fails is discarded whole.
-        Position 0 of a sequence clears what the context remembers of it.
+        `groups[i]` >= 0 is the group (domain) that token i is counted in, -1 for a token that is not counted. Where a batch fails,
+        all that waits is discarded. Position 0 of a sequence clears what the context remembers of it.
         """
+
+    def commit(self) -> None:
+        """Add what waits to the sums: a sample is counted whole or not at all."""
+
+    def discard(self) -> None:
+        """Forget what waits, and what the context remembers."""
+
+    @property
+    def n_groups(self) -> int: ...
 
     def sums(self, group: int) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
         """counts int64, gate_sum, norm_sum, gated_norm_sum, gated_norm_sq_sum, norm_max float64, each [n_layers, n_experts];

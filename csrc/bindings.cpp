@@ -1,0 +1,175 @@
+// The only file that knows Python: casts, the GIL, the map of errors. No logic.
+#include "errors.h"
+#include "session.h"
+
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+using reap::Session;
+using reap::SessionOptions;
+
+namespace {
+
+using Ids = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+template <typename T>
+py::array_t<T> to_numpy(const std::vector<T> & values, const std::vector<py::ssize_t> & shape) {
+    py::array_t<T> array(shape);
+    std::copy(values.begin(), values.end(), array.mutable_data());
+    return array;
+}
+
+// Runs `work` without the GIL; Ctrl-C is looked for at each of the collector's stops and raised as Python's own exception.
+template <typename Work>
+auto run(Session & session, Work && work) {
+    std::optional<py::error_already_set> signal;
+    session.set_poll([&signal] {
+        const py::gil_scoped_acquire gil;
+        if (PyErr_CheckSignals() == 0) {
+            return false;
+        }
+        signal.emplace();
+        return true;
+    });
+    try {
+        const py::gil_scoped_release released;
+        return work();
+    } catch (const reap::Interrupted &) {
+        throw std::move(*signal);
+    }
+}
+
+void profile_batch(Session & session, const Ids & tokens, const Ids & positions, const Ids & sequences, const Ids & groups) {
+    const py::ssize_t n = tokens.size();
+    if (n == 0 || positions.size() != n || sequences.size() != n || groups.size() != n) {
+        throw reap::UsageError("a batch needs as many positions, sequences and groups as it has tokens, and at least one");
+    }
+    const reap::TokenBatch batch{tokens.data(), positions.data(), sequences.data(), static_cast<size_t>(n)};
+    run(session, [&] { session.profile_batch(batch, groups.data()); });
+}
+
+py::dict sums(const Session & session, size_t group) {
+    const reap::Saliency & saliency = session.saliency();
+    if (group >= saliency.n_groups()) {
+        throw py::index_error("group");
+    }
+    const reap::Sums & sums = saliency.sums(group);
+    const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(saliency.n_layers()), static_cast<py::ssize_t>(saliency.n_experts())};
+    py::dict result;
+    result["counts"] = to_numpy(sums.counts, shape);
+    result["gate_sum"] = to_numpy(sums.gate, shape);
+    result["norm_sum"] = to_numpy(sums.norm, shape);
+    result["gated_norm_sum"] = to_numpy(sums.gated_norm, shape);
+    result["gated_norm_sq_sum"] = to_numpy(sums.gated_norm_sq, shape);
+    result["norm_max"] = to_numpy(sums.norm_max, shape);
+    result["total_tokens"] = to_numpy(sums.total_tokens, {shape[0]});
+    return result;
+}
+
+py::dict collector_stats(const Session & session) {
+    const reap::CollectorStats & stats = session.collector_stats();
+    py::dict result;
+    result["seconds"] = stats.seconds;
+    result["bytes_read"] = static_cast<double>(stats.bytes_read);
+    result["stops"] = static_cast<double>(stats.stops);
+    result["batches"] = static_cast<double>(stats.batches);
+    return result;
+}
+
+std::vector<int32_t> to_vector(const Ids & ids) {
+    return {ids.data(), ids.data() + ids.size()};
+}
+
+py::array_t<float> logits(Session & session, const Ids & tokens, size_t first) {
+    const std::vector<int32_t> ids = to_vector(tokens);
+    const std::vector<float> values = run(session, [&] { return session.logits(ids, first); });
+    return to_numpy(values, {static_cast<py::ssize_t>(ids.size() - first), session.n_vocab()});
+}
+
+py::array_t<double> log_probs(Session & session, const Ids & tokens, size_t first) {
+    const std::vector<int32_t> ids = to_vector(tokens);
+    const std::vector<double> values = run(session, [&] { return session.log_probs(ids, first); });
+    return to_numpy(values, {static_cast<py::ssize_t>(values.size())});
+}
+
+py::array_t<int32_t> tokenize(const Session & session, const py::bytes & text, bool add_special, bool parse_special) {
+    const std::vector<int32_t> ids = session.tokenize(text, add_special, parse_special);
+    return to_numpy(ids, {static_cast<py::ssize_t>(ids.size())});
+}
+
+void register_errors() {
+    py::register_exception_translator([](std::exception_ptr pending) {
+        const auto raise = [](const char * type, const char * message) {
+            PyErr_SetString(py::module_::import("reap.errors").attr(type).ptr(), message);
+        };
+        try {
+            if (pending) {
+                std::rethrow_exception(pending);
+            }
+        } catch (const reap::EngineError & error) {
+            raise("EngineError", error.what());
+        } catch (const reap::UsageError & error) {
+            raise("UsageError", error.what());
+        }
+    });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.attr("__llama_cpp_commit__") = REAP_LLAMA_CPP_COMMIT;
+    register_errors();
+
+    py::class_<SessionOptions>(m, "SessionOptions")
+        .def(py::init<>())
+        .def_readwrite("model_path", &SessionOptions::model_path)
+        .def_readwrite("ctx_size", &SessionOptions::ctx_size)
+        .def_readwrite("batch_size", &SessionOptions::batch_size)
+        .def_readwrite("ubatch_size", &SessionOptions::ubatch_size)
+        .def_readwrite("n_sequences", &SessionOptions::n_sequences)
+        .def_readwrite("threads", &SessionOptions::threads)
+        .def_readwrite("gpu_layers", &SessionOptions::gpu_layers)
+        .def_readwrite("devices", &SessionOptions::devices)
+        .def_readwrite("override_tensors", &SessionOptions::override_tensors)
+        .def_readwrite("rpc", &SessionOptions::rpc)
+        .def_readwrite("type_k", &SessionOptions::type_k)
+        .def_readwrite("type_v", &SessionOptions::type_v)
+        .def_readwrite("flash_attn", &SessionOptions::flash_attn)
+        .def_readwrite("use_mmap", &SessionOptions::use_mmap)
+        .def_readwrite("repack", &SessionOptions::repack);
+
+    py::class_<Session>(m, "Session")
+        .def(py::init<const SessionOptions &>(), py::arg("options"), py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("n_vocab", &Session::n_vocab)
+        .def_property_readonly("n_ctx_train", &Session::n_ctx_train)
+        .def_property_readonly("ctx_size", &Session::ctx_size)
+        .def_property_readonly("batch_size", &Session::batch_size)
+        .def_property_readonly("ubatch_size", &Session::ubatch_size)
+        .def_property_readonly("n_sequences", &Session::n_sequences)
+        .def_property_readonly("threads", &Session::threads)
+        .def_property_readonly("has_tokenizer", &Session::has_tokenizer)
+        .def_property_readonly("add_bos", &Session::add_bos)
+        .def_property_readonly("add_eos", &Session::add_eos)
+        .def_property_readonly("bos", &Session::bos)
+        .def_property_readonly("eos", &Session::eos)
+        .def_property_readonly("chat_template", &Session::chat_template)
+        .def("tokenize", &tokenize, py::arg("text"), py::arg("add_special"), py::arg("parse_special"))
+        .def("token_text", [](const Session & session, int token) { return py::bytes(session.token_text(token)); }, py::arg("token"))
+        .def(
+            "start_profile",
+            [](Session & session, const std::vector<int> & layers, size_t n_experts) {
+                run(session, [&] { session.start_profile(layers, n_experts); });
+            },
+            py::arg("layers"), py::arg("n_experts"))
+        .def("profile_batch", &profile_batch, py::arg("tokens"), py::arg("positions"), py::arg("sequences"), py::arg("groups"))
+        .def("commit", &Session::commit)
+        .def("discard", &Session::discard)
+        .def_property_readonly("n_groups", [](const Session & session) { return session.saliency().n_groups(); })
+        .def("sums", &sums, py::arg("group"))
+        .def("collector_stats", &collector_stats)
+        .def("logits", &logits, py::arg("tokens"), py::arg("first"))
+        .def("log_probs", &log_probs, py::arg("tokens"), py::arg("first"));
+}

@@ -1,0 +1,303 @@
+#include "collector.h"
+
+#include "errors.h"
+#include "tensor_read.h"
+
+#include <algorithm>
+#include <chrono>
+#include <set>
+
+namespace reap {
+
+namespace {
+
+const ggml_tensor * root_of(const ggml_tensor * t) {
+    return t->view_src ? t->view_src : t;
+}
+
+// The ids that an expert output was computed with. A per-expert scale puts a MUL behind the MUL_MAT_ID; a bias an ADD_ID.
+const ggml_tensor * ids_of(const ggml_tensor * output) {
+    switch (output->op) {
+        case GGML_OP_MUL_MAT_ID:
+        case GGML_OP_ADD_ID:
+            return output->src[2];
+        case GGML_OP_MUL:
+            return output->src[0]->op == GGML_OP_MUL_MAT_ID ? output->src[0]->src[2] : nullptr;
+        default:
+            return nullptr;
+    }
+}
+
+std::string in_layer(int layer) {
+    return "layer " + std::to_string(layer) + ": ";
+}
+
+}  // namespace
+
+bool Collector::callback(ggml_tensor * node, bool ask, void * self) {
+    auto & collector = *static_cast<Collector *>(self);
+    if (collector.mode_ == Mode::Idle && !collector.abandoned_) {
+        return !ask;
+    }
+    try {
+        return ask ? collector.on_ask(node) : collector.on_stop(node);
+    } catch (...) {
+        // nothing may escape into C: kept here, thrown again after the decode
+        collector.error_ = std::current_exception();
+        collector.abandoned_ = true;
+        return ask;
+    }
+}
+
+bool Collector::on_ask(ggml_tensor * node) {
+    if (mode_ == Mode::Survey) {
+        survey(node);
+        return false;
+    }
+    if (stopped_ && !abandoned_ && node->name == first_node_) {
+        // a decode of several ubatches runs the graph once for each
+        stopped_ = false;
+    }
+    if (stopped_ || abandoned_) {
+        return true;  // computes this one node of the split; on_stop ends it there
+    }
+    const NodeName name = parse_node_name(node->name);
+    if (name.role == Role::None) {
+        return false;
+    }
+    const auto found = plans_.find(name.layer);
+    if (found == plans_.end()) {
+        return false;
+    }
+    const LayerPlan & plan = found->second;
+    switch (name.role) {
+        case Role::Ids:
+            return plan.stop_at_ids;
+        case Role::Weights:
+            if (name.kind != plan.weights) {
+                return false;
+            }
+            states_[name.layer].weights = node;
+            return plan.stop_at_weights;
+        default:
+            return name.kind == plan.output;
+    }
+}
+
+bool Collector::on_stop(ggml_tensor * node) {
+    if (stopped_ || abandoned_) {
+        return false;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    if (poll_ && poll_()) {
+        throw Interrupted();
+    }
+    const NodeName name = parse_node_name(node->name);
+    const LayerPlan & plan = plans_.at(name.layer);
+    LayerState & state = states_[name.layer];
+    if (name.role == Role::Ids) {
+        read_i32(node, state.ids, stats_.bytes_read);
+        state.have_ids = true;
+    } else if (name.role == Role::Weights) {
+        read_f32(node, state.gates, stats_.bytes_read);
+        state.have_weights = true;
+    } else {
+        try {
+            gather(plan, state, node);
+        } catch (const EngineError & error) {
+            throw EngineError(in_layer(name.layer) + error.what());
+        }
+        stopped_ = name.layer == last_layer_;
+    }
+    stats_.stops += 1;
+    stats_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return !stopped_;
+}
+
+void Collector::gather(const LayerPlan & plan, LayerState & state, const ggml_tensor * output) {
+    if (!state.have_ids) {
+        const ggml_tensor * ids = ids_of(output);
+        if (ids == nullptr) {
+            throw EngineError(std::string("the operation ") + ggml_op_name(output->op) + " of " + output->name +
+                              " does not say which experts it used");
+        }
+        read_i32(ids, state.ids, stats_.bytes_read);
+    }
+    if (!state.have_weights) {
+        if (state.weights == nullptr) {
+            throw EngineError("no gate was computed before " + std::string(output->name));
+        }
+        read_f32(state.weights, state.gates, stats_.bytes_read);
+    }
+    read_row_norms(output, n_threads_, norms_, stats_.bytes_read);
+    const size_t n_used = static_cast<size_t>(output->ne[1]);
+    const size_t n_tokens = static_cast<size_t>(output->ne[2]);
+    if (state.ids.size() != norms_.size() || state.gates.size() != norms_.size()) {
+        throw EngineError("found " + std::to_string(state.ids.size()) + " ids and " + std::to_string(state.gates.size()) +
+                          " gates for " + std::to_string(norms_.size()) + " expert outputs");
+    }
+    if (state.tokens_seen + n_tokens > n_tokens_) {
+        throw EngineError("saw more tokens than the batch of " + std::to_string(n_tokens_) + " has");
+    }
+    saliency_->add(plan.row, {state.ids.data(), state.gates.data(), norms_.data(), n_used, n_tokens}, groups_ + state.tokens_seen);
+    state.tokens_seen += n_tokens;
+    state.weights = nullptr;
+    state.have_ids = state.have_weights = false;
+}
+
+void Collector::survey(ggml_tensor * node) {
+    Seen seen{node->name, node, root_of(node), {}};
+    for (const ggml_tensor * source : node->src) {
+        if (source != nullptr) {
+            seen.read_roots.push_back(root_of(source));
+        }
+    }
+    seen_.push_back(std::move(seen));
+}
+
+void Collector::begin_survey() {
+    mode_ = Mode::Survey;
+    seen_.clear();
+    abandoned_ = false;
+    error_ = nullptr;
+}
+
+void Collector::end_survey(const std::vector<int> & layers, size_t n_experts) {
+    mode_ = Mode::Idle;
+    if (seen_.empty()) {
+        throw EngineError("the engine computed nothing");
+    }
+    first_node_ = seen_.front().name;
+    plans_.clear();
+    states_.clear();
+    std::set<int> expected(layers.begin(), layers.end());
+    for (const Seen & seen : seen_) {
+        const NodeName name = parse_node_name(seen.name);
+        if (name.role == Role::None) {
+            continue;
+        }
+        if (expected.count(name.layer) == 0) {
+            throw EngineError(in_layer(name.layer) + "the engine runs experts (" + seen.name + ") that the model's file does not show");
+        }
+        if (name.role == Role::Output) {
+            last_layer_ = name.layer;
+            plans_[name.layer];
+        }
+    }
+    for (size_t row = 0; row < layers.size(); ++row) {
+        if (plans_.count(layers[row]) == 0) {
+            throw EngineError(in_layer(layers[row]) + "the model's file has experts, but the engine's graph never runs them");
+        }
+        plans_[layers[row]] = plan_layer(layers[row]);
+        plans_[layers[row]].row = row;
+    }
+    saliency_ = std::make_unique<Saliency>(layers.size(), n_experts);
+    seen_.clear();
+}
+
+Collector::LayerPlan Collector::plan_layer(int layer) const {
+    LayerPlan plan;
+    const ggml_tensor * ids = nullptr;
+    const ggml_tensor * weights = nullptr;
+    size_t output = 0;
+    int n_routings = 0;
+    for (size_t i = 0; i < seen_.size(); ++i) {
+        const NodeName name = parse_node_name(seen_[i].name);
+        if (name.layer != layer) {
+            continue;
+        }
+        if (name.role == Role::Ids) {
+            ids = seen_[i].tensor;
+            n_routings += 1;
+        } else if (name.role == Role::Weights) {
+            weights = seen_[i].tensor;
+            plan.weights = name.kind;
+        } else if (name.role == Role::Output) {
+            output = i;
+            plan.output = name.kind;
+        }
+    }
+    if (ids == nullptr || weights == nullptr) {
+        throw EngineError(in_layer(layer) + "found experts without " + (ids == nullptr ? "the ids of the selected ones" : "their gate"));
+    }
+    if (n_routings > 1) {
+        throw EngineError(in_layer(layer) + "routes " + std::to_string(n_routings) + " times, which reap cannot tell apart");
+    }
+    const ggml_tensor * used_ids = ids_of(seen_[output].tensor);
+    plan.stop_at_ids = used_ids == nullptr || !read_later(used_ids, output);
+    plan.stop_at_weights = !read_later(weights, output);
+    return plan;
+}
+
+// True where the tensor's memory is read by the node at `stop` or by one after it, so that its values are whole at that stop.
+bool Collector::read_later(const ggml_tensor * tensor, size_t stop) const {
+    const ggml_tensor * root = root_of(tensor);
+    for (size_t i = stop; i < seen_.size(); ++i) {
+        const auto & reads = seen_[i].read_roots;
+        if (std::find(reads.begin(), reads.end(), root) != reads.end()) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void Collector::begin_batch(const int32_t * groups, size_t n_tokens) {
+    if (!saliency_) {
+        throw EngineError("the collector was not started");
+    }
+    mode_ = Mode::Collect;
+    groups_ = groups;
+    n_tokens_ = n_tokens;
+    const int32_t last_group = *std::max_element(groups, groups + n_tokens);
+    saliency_->reserve_groups(static_cast<size_t>(std::max(0, last_group)) + 1);
+    stopped_ = abandoned_ = false;
+    error_ = nullptr;
+    for (auto & [layer, state] : states_) {
+        state.tokens_seen = 0;
+        state.have_ids = state.have_weights = false;
+        state.weights = nullptr;
+    }
+}
+
+void Collector::end_batch() {
+    mode_ = Mode::Idle;
+    for (const auto & [layer, plan] : plans_) {
+        const size_t seen = states_[layer].tokens_seen;
+        if (seen != n_tokens_) {
+            throw EngineError(in_layer(layer) + "saw " + std::to_string(seen) + " of the batch's " + std::to_string(n_tokens_) + " tokens");
+        }
+    }
+    stats_.batches += 1;
+}
+
+void Collector::commit() {
+    if (saliency_) {
+        saliency_->commit();
+    }
+}
+
+void Collector::discard() noexcept {
+    mode_ = Mode::Idle;
+    abandoned_ = false;
+    if (saliency_) {
+        saliency_->discard();
+    }
+}
+
+void Collector::rethrow() {
+    if (error_) {
+        std::exception_ptr error = nullptr;
+        std::swap(error, error_);
+        abandoned_ = false;
+        std::rethrow_exception(error);
+    }
+}
+
+const Saliency & Collector::saliency() const {
+    if (!saliency_) {
+        throw EngineError("the collector was not started");
+    }
+    return *saliency_;
+}
+
+}  // namespace reap

@@ -1,0 +1,110 @@
+// The eval callback: looks at the nodes of llama.cpp's graph as they pass, stops after each layer's experts, pairs the three
+// tensors of a routing and feeds the saliency sums. No I/O, no maths.
+//
+// A graph is learnt once, from a survey pass that stops nowhere: which nodes carry a layer's ids, gates and outputs in their last
+// form, and whether ids and gates still hold their values when the output has been computed (the allocator reuses memory behind
+// a tensor's last reader). Where they do not, the collector stops at them as well.
+#pragma once
+
+#include "ggml.h"
+#include "moe_graph.h"
+#include "saliency.h"
+
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace reap {
+
+struct CollectorStats {
+    double  seconds = 0.0;     // inside the callback, reading and adding
+    size_t  bytes_read = 0;    // from buffers that are not host memory
+    int64_t stops = 0;
+    int64_t batches = 0;
+};
+
+class Collector {
+  public:
+    // What llama.cpp is given as cb_eval and its user data.
+    static bool callback(ggml_tensor * node, bool ask, void * self);
+
+    // Asked at each stop; true ends the batch with Interrupted.
+    void set_poll(std::function<bool()> poll) { poll_ = std::move(poll); }
+    void set_threads(int n_threads) { n_threads_ = n_threads; }
+
+    // The survey: begin, decode a few tokens, end. `layers` are the MoE layers that the model's file has, ascending.
+    void begin_survey();
+    void end_survey(const std::vector<int> & layers, size_t n_experts);
+
+    // A batch: begin, decode, then end (which checks that every layer saw every token). A sample is one batch or several, and then
+    // commit or discard.
+    void begin_batch(const int32_t * groups, size_t n_tokens);
+    void end_batch();
+    void commit();
+    void discard() noexcept;
+
+    // Rethrows what went wrong inside the callback, if anything did.
+    void rethrow();
+
+    const Saliency & saliency() const;
+    const CollectorStats & stats() const { return stats_; }
+
+  private:
+    enum class Mode { Idle, Survey, Collect };
+
+    // What the survey remembers of a node: names and identities, never values.
+    struct Seen {
+        std::string         name;
+        const ggml_tensor * tensor;
+        const ggml_tensor * root;  // whose memory it is
+        std::vector<const ggml_tensor *> read_roots;
+    };
+
+    // How one layer's routing is read.
+    struct LayerPlan {
+        size_t      row = 0;  // in the sums
+        std::string output;   // the kind of the expert output's last form
+        std::string weights;  // the kind of the gate's last form
+        bool        stop_at_ids = false;
+        bool        stop_at_weights = false;
+    };
+
+    // One layer in the graph under way.
+    struct LayerState {
+        const ggml_tensor *  weights = nullptr;
+        bool                 have_ids = false, have_weights = false;
+        std::vector<int32_t> ids;
+        std::vector<float>   gates;
+        size_t               tokens_seen = 0;
+    };
+
+    bool on_ask(ggml_tensor * node);
+    bool on_stop(ggml_tensor * node);
+    void survey(ggml_tensor * node);
+    LayerPlan plan_layer(int layer) const;
+    bool read_later(const ggml_tensor * tensor, size_t stop) const;
+    void gather(const LayerPlan & plan, LayerState & state, const ggml_tensor * output);
+
+    Mode mode_ = Mode::Idle;
+    std::vector<Seen>         seen_;
+    std::string               first_node_;  // with it, a graph begins
+    std::map<int, LayerPlan>  plans_;
+    std::map<int, LayerState> states_;
+    int                       last_layer_ = -1;
+    bool                      stopped_ = false;    // the graph under way has given all we want
+    bool                      abandoned_ = false;  // so has the whole batch: an error or an interruption
+    std::exception_ptr        error_;
+    std::function<bool()>     poll_;
+    int                       n_threads_ = 1;
+    const int32_t *           groups_ = nullptr;
+    size_t                    n_tokens_ = 0;
+    std::vector<double>       norms_;
+    std::unique_ptr<Saliency> saliency_;
+    CollectorStats            stats_;
+};
+
+}  // namespace reap

@@ -1,0 +1,17 @@
+// llama.cpp's log: the last lines are kept, to be quoted in errors; nothing is printed.
+#pragma once
+
+#include <string>
+
+namespace reap {
+
+// Takes over llama.cpp's and ggml's log for this process. Safe to call again.
+void install_log_sink();
+
+// Forgets what was logged, so that the next error quotes only what belongs to it.
+void clear_log();
+
+// The last warnings and errors, newest last, joined by "; ". Empty where there were none.
+std::string log_tail();
+
+}  // namespace reap

@@ -1,0 +1,26 @@
+// What the nodes of a MoE layer are called in llama.cpp's graphs: the only home of the "ffn_moe_*" names.
+// Read in llama_graph_context::build_moe_ffn (src/llama-graph.cpp) of the pinned tree.
+#pragma once
+
+#include <string_view>
+
+namespace reap {
+
+enum class Role {
+    None,
+    Ids,      // the selected experts, [n_used, n_tokens], often a strided view
+    Weights,  // a form of the gate; the last one multiplies the expert's output
+    Output,   // a form of the expert's output, [n_embd, n_used, n_tokens]; the last one is what the gate multiplies
+};
+
+struct NodeName {
+    Role role = Role::None;
+    int  layer = -1;
+    // the name before the layer's number, "ffn_moe_weights_norm" say; points into what was parsed
+    std::string_view kind;
+};
+
+// Parses a whole name, `role-layer` and nothing after it: views inherit names ("ffn_moe_weights-3 (reshaped)").
+NodeName parse_node_name(std::string_view name);
+
+}  // namespace reap

@@ -1,0 +1,360 @@
+#include "session.h"
+
+#include "errors.h"
+#include "log_sink.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <thread>
+
+namespace reap {
+
+namespace {
+
+void start_engine() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        install_log_sink();
+        llama_backend_init();
+    });
+}
+
+std::string with_log(const std::string & message) {
+    const std::string tail = log_tail();
+    return tail.empty() ? message : message + ": " + tail;
+}
+
+ggml_type cache_type(const std::string & name) {
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        const auto type = static_cast<ggml_type>(i);
+        const char * type_name = ggml_type_name(type);
+        if (type_name == nullptr || ggml_type_size(type) == 0) {
+            continue;
+        }
+        if (name == type_name) {
+            return type;
+        }
+    }
+    throw UsageError("the engine has no cache type '" + name + "'; f32, f16, bf16, q8_0 and q4_0 are the usual ones");
+}
+
+llama_flash_attn_type flash_attention(const std::string & name) {
+    static const std::map<std::string, llama_flash_attn_type> types = {
+        {"auto", LLAMA_FLASH_ATTN_TYPE_AUTO}, {"on", LLAMA_FLASH_ATTN_TYPE_ENABLED}, {"off", LLAMA_FLASH_ATTN_TYPE_DISABLED}};
+    const auto found = types.find(name);
+    if (found == types.end()) {
+        throw UsageError("flash attention is 'auto', 'on' or 'off', not '" + name + "'");
+    }
+    return found->second;
+}
+
+void add_rpc_servers(const std::vector<std::string> & endpoints) {
+    if (endpoints.empty()) {
+        return;
+    }
+    const ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
+    using AddServer = ggml_backend_reg_t (*)(const char *);
+    const auto add = rpc ? reinterpret_cast<AddServer>(ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server")) : nullptr;
+    if (add == nullptr) {
+        throw UsageError("this build of the engine has no RPC backend");
+    }
+    for (const auto & endpoint : endpoints) {
+        const ggml_backend_reg_t server = add(endpoint.c_str());
+        if (server == nullptr) {
+            throw EngineError(with_log("no device at the RPC server " + endpoint));
+        }
+        ggml_backend_register(server);
+    }
+}
+
+std::vector<ggml_backend_dev_t> find_devices(const std::vector<std::string> & names) {
+    std::vector<ggml_backend_dev_t> devices;
+    for (const auto & name : names) {
+        if (name == "none") {
+            continue;  // llama.cpp's word for "the CPU alone"
+        }
+        const ggml_backend_dev_t device = ggml_backend_dev_by_name(name.c_str());
+        if (device == nullptr) {
+            std::string known;
+            for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+                known += (i ? ", " : "") + std::string(ggml_backend_dev_name(ggml_backend_dev_get(i)));
+            }
+            throw UsageError("there is no device '" + name + "'; there is " + known);
+        }
+        devices.push_back(device);
+    }
+    devices.push_back(nullptr);
+    return devices;
+}
+
+ggml_backend_buffer_type_t find_buffer_type(const std::string & name) {
+    std::string known;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        const ggml_backend_buffer_type_t type = ggml_backend_dev_buffer_type(ggml_backend_dev_get(i));
+        if (type != nullptr && name == ggml_backend_buft_name(type)) {
+            return type;
+        }
+        known += (known.empty() ? "" : ", ") + std::string(type ? ggml_backend_buft_name(type) : "");
+    }
+    throw UsageError("there is no buffer type '" + name + "' to put tensors in; there is " + known);
+}
+
+// Σ exp and the maximum, so that ln p(t) = logits[t] - max - ln Σ; summed in double precision.
+double log_prob(const float * logits, int n_vocab, int token) {
+    const float max = *std::max_element(logits, logits + n_vocab);
+    double sum = 0.0;
+    for (int i = 0; i < n_vocab; ++i) {
+        sum += std::exp(logits[i] - max);
+    }
+    return static_cast<double>(logits[token]) - max - std::log(sum);
+}
+
+}  // namespace
+
+Session::Session(const SessionOptions & options) : options_(options) {
+    start_engine();
+    clear_log();
+    load_model();
+    resolve_options();
+    create_context();
+    collector_.set_threads(options_.threads);
+}
+
+void Session::resolve_options() {
+    SessionOptions & o = options_;
+    if (o.ctx_size <= 0) {
+        o.ctx_size = n_ctx_train();
+    }
+    o.n_sequences = std::max(1, o.n_sequences);
+    o.ubatch_size = std::clamp(o.ubatch_size, 1, o.ctx_size * o.n_sequences);
+    o.batch_size = std::max(o.batch_size, o.ubatch_size);
+    if (o.threads <= 0) {
+        o.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    }
+}
+
+void Session::load_model() {
+    add_rpc_servers(options_.rpc);
+    llama_model_params params = llama_model_default_params();
+    std::vector<ggml_backend_dev_t> devices = find_devices(options_.devices);
+    if (!options_.devices.empty()) {
+        params.devices = devices.data();
+    }
+    std::vector<llama_model_tensor_buft_override> overrides;
+    for (const auto & [pattern, type] : options_.override_tensors) {
+        overrides.push_back({pattern.c_str(), find_buffer_type(type)});
+    }
+    overrides.push_back({nullptr, nullptr});
+    params.tensor_buft_overrides = overrides.data();
+    params.n_gpu_layers = options_.gpu_layers;
+    params.load_mode = options_.use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
+    params.use_extra_bufts = options_.repack;
+    model_.reset(llama_model_load_from_file(options_.model_path.c_str(), params));
+    if (!model_) {
+        throw EngineError(with_log(options_.model_path + ": the engine cannot load this model"));
+    }
+    if (llama_model_has_encoder(model_.get())) {
+        throw EngineError(options_.model_path + ": this model has an encoder; only decoders can be run");
+    }
+    vocab_ = llama_model_get_vocab(model_.get());
+}
+
+void Session::create_context() {
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx = static_cast<uint32_t>(options_.ctx_size) * static_cast<uint32_t>(options_.n_sequences);
+    params.n_batch = static_cast<uint32_t>(options_.batch_size);
+    params.n_ubatch = static_cast<uint32_t>(options_.ubatch_size);
+    params.n_seq_max = static_cast<uint32_t>(options_.n_sequences);
+    params.kv_unified = options_.n_sequences > 1;
+    params.n_threads = params.n_threads_batch = options_.threads;
+    params.flash_attn_type = flash_attention(options_.flash_attn);
+    params.type_k = cache_type(options_.type_k);
+    params.type_v = cache_type(options_.type_v);
+    params.cb_eval = Collector::callback;
+    params.cb_eval_user_data = &collector_;
+    params.no_perf = true;
+    context_.reset(llama_init_from_model(model_.get(), params));
+    if (!context_) {
+        throw EngineError(with_log(options_.model_path + ": the engine cannot make a context of " + std::to_string(params.n_ctx) +
+                                   " tokens (a smaller ctx-size, ubatch-size or cache type needs less memory)"));
+    }
+}
+
+int Session::n_vocab() const { return llama_vocab_n_tokens(vocab_); }
+int Session::n_ctx_train() const { return llama_model_n_ctx_train(model_.get()); }
+bool Session::has_tokenizer() const { return llama_vocab_type(vocab_) != LLAMA_VOCAB_TYPE_NONE; }
+bool Session::add_bos() const { return has_tokenizer() && llama_vocab_get_add_bos(vocab_); }
+bool Session::add_eos() const { return has_tokenizer() && llama_vocab_get_add_eos(vocab_); }
+int Session::bos() const { return llama_vocab_bos(vocab_); }
+int Session::eos() const { return llama_vocab_eos(vocab_); }
+
+std::optional<std::string> Session::chat_template() const {
+    const char * text = llama_model_chat_template(model_.get(), nullptr);
+    return text ? std::optional<std::string>(text) : std::nullopt;
+}
+
+std::vector<int32_t> Session::tokenize(const std::string & text, bool add_special, bool parse_special) const {
+    if (!has_tokenizer()) {
+        throw UsageError(options_.model_path + ": this model has no tokenizer; give token ids");
+    }
+    std::vector<int32_t> tokens(text.size() + 8);
+    const auto call = [&] {
+        return llama_tokenize(vocab_, text.data(), static_cast<int32_t>(text.size()), tokens.data(), static_cast<int32_t>(tokens.size()),
+                              add_special, parse_special);
+    };
+    int32_t n = call();
+    if (n < 0) {
+        tokens.resize(static_cast<size_t>(-static_cast<int64_t>(n)));
+        n = call();
+    }
+    if (n < 0) {
+        throw EngineError("the text of " + std::to_string(text.size()) + " bytes cannot be tokenised");
+    }
+    tokens.resize(static_cast<size_t>(n));
+    return tokens;
+}
+
+std::string Session::token_text(int token) const {
+    if (!has_tokenizer() || token < 0 || token >= n_vocab()) {
+        throw UsageError("there is no text for token " + std::to_string(token));
+    }
+    std::string piece(32, '\0');
+    int32_t n = llama_token_to_piece(vocab_, token, piece.data(), static_cast<int32_t>(piece.size()), 0, true);
+    if (n < 0) {
+        piece.resize(static_cast<size_t>(-n));
+        n = llama_token_to_piece(vocab_, token, piece.data(), static_cast<int32_t>(piece.size()), 0, true);
+    }
+    piece.resize(static_cast<size_t>(std::max(0, n)));
+    return piece;
+}
+
+void Session::forget() {
+    llama_memory_clear(llama_get_memory(context_.get()), true);
+}
+
+void Session::check_tokens(const int32_t * tokens, size_t n_tokens) const {
+    for (size_t i = 0; i < n_tokens; ++i) {
+        if (tokens[i] < 0 || tokens[i] >= n_vocab()) {
+            throw UsageError("token id " + std::to_string(tokens[i]) + " is outside the vocabulary of " + std::to_string(n_vocab()));
+        }
+    }
+}
+
+void Session::decode(const TokenBatch & batch, const int8_t * wanted) {
+    std::vector<int32_t> tokens(batch.tokens, batch.tokens + batch.n_tokens);
+    std::vector<int32_t> positions(batch.positions, batch.positions + batch.n_tokens);
+    std::vector<int32_t> sequences(batch.sequences, batch.sequences + batch.n_tokens);
+    std::vector<int32_t> n_sequences(batch.n_tokens, 1);
+    std::vector<int32_t *> sequence_of(batch.n_tokens);
+    std::vector<int8_t> outputs(wanted, wanted + batch.n_tokens);
+    for (size_t i = 0; i < batch.n_tokens; ++i) {
+        sequence_of[i] = &sequences[i];
+    }
+    const llama_batch native{static_cast<int32_t>(batch.n_tokens), tokens.data(),      nullptr, positions.data(),
+                             n_sequences.data(),                   sequence_of.data(), outputs.data()};
+    clear_log();
+    const int32_t status = llama_decode(context_.get(), native);
+    llama_synchronize(context_.get());
+    collector_.rethrow();
+    if (status != 0) {
+        const char * reason = status == 1 ? "the context is full" : status == 2 ? "it was aborted" : "it failed";
+        throw EngineError(with_log("the engine could not run a batch of " + std::to_string(batch.n_tokens) + " tokens: " + reason +
+                                   " (status " + std::to_string(status) + ")"));
+    }
+}
+
+void Session::start_profile(const std::vector<int> & layers, size_t n_experts) {
+    // two tokens: a pass over one may take another path through the graph
+    const int32_t tokens[] = {0, std::min(1, n_vocab() - 1)};
+    const int32_t positions[] = {0, 1};
+    const int32_t sequences[] = {0, 0};
+    const int8_t wanted[] = {1, 1};
+    forget();
+    collector_.begin_survey();
+    decode({tokens, positions, sequences, 2}, wanted);
+    collector_.end_survey(layers, n_experts);
+    forget();
+}
+
+void Session::check_batch(const TokenBatch & batch, const int32_t * groups) const {
+    check_tokens(batch.tokens, batch.n_tokens);
+    for (size_t i = 0; i < batch.n_tokens; ++i) {
+        if (batch.sequences[i] < 0 || batch.sequences[i] >= options_.n_sequences || groups[i] < Saliency::NOT_COUNTED) {
+            throw UsageError("a batch names a sequence or a group that cannot be");
+        }
+    }
+}
+
+void Session::profile_batch(const TokenBatch & batch, const int32_t * groups) {
+    try {
+        check_batch(batch, groups);
+        for (size_t i = 0; i < batch.n_tokens; ++i) {
+            if (batch.positions[i] == 0) {
+                llama_memory_seq_rm(llama_get_memory(context_.get()), batch.sequences[i], -1, -1);
+            }
+        }
+        // every token's logits are asked for, or the last layer would see one token: most graphs drop the others before it
+        const std::vector<int8_t> wanted(batch.n_tokens, 1);
+        collector_.begin_batch(groups, batch.n_tokens);
+        decode(batch, wanted.data());
+        collector_.end_batch();
+    } catch (...) {
+        discard();
+        throw;
+    }
+}
+
+void Session::discard() {
+    collector_.discard();
+    forget();
+}
+
+void Session::for_each_logits(const std::vector<int32_t> & tokens, size_t first, const OnLogits & on_logits) {
+    check_tokens(tokens.data(), tokens.size());
+    if (tokens.empty() || first >= tokens.size() || tokens.size() > static_cast<size_t>(options_.ctx_size)) {
+        throw UsageError("a window of " + std::to_string(tokens.size()) + " tokens, wanted from " + std::to_string(first) +
+                         ", does not fit a context of " + std::to_string(options_.ctx_size));
+    }
+    forget();
+    std::vector<int32_t> positions(tokens.size());
+    std::iota(positions.begin(), positions.end(), 0);
+    const std::vector<int32_t> sequences(tokens.size(), 0);
+    const size_t step = static_cast<size_t>(options_.ubatch_size);
+    for (size_t start = 0; start < tokens.size(); start += step) {
+        const size_t n = std::min(step, tokens.size() - start);
+        std::vector<int8_t> wanted(n);
+        for (size_t i = 0; i < n; ++i) {
+            wanted[i] = start + i >= first;
+        }
+        decode({tokens.data() + start, positions.data() + start, sequences.data(), n}, wanted.data());
+        for (size_t i = 0; i < n; ++i) {
+            if (wanted[i]) {
+                on_logits(start + i, llama_get_logits_ith(context_.get(), static_cast<int32_t>(i)));
+            }
+        }
+    }
+}
+
+std::vector<float> Session::logits(const std::vector<int32_t> & tokens, size_t first) {
+    const size_t n_row = static_cast<size_t>(n_vocab());
+    std::vector<float> result;
+    for_each_logits(tokens, first, [&](size_t, const float * row) { result.insert(result.end(), row, row + n_row); });
+    return result;
+}
+
+std::vector<double> Session::log_probs(const std::vector<int32_t> & tokens, size_t first) {
+    std::vector<double> result;
+    for_each_logits(tokens, first, [&](size_t position, const float * row) {
+        if (position + 1 < tokens.size()) {
+            result.push_back(log_prob(row, n_vocab(), tokens[position + 1]));
+        }
+    });
+    return result;
+}
+
+}  // namespace reap

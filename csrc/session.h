@@ -1,0 +1,102 @@
+// A model and a context: the only caller of llama_*. RAII, no Python.
+#pragma once
+
+#include "collector.h"
+
+#include "llama.h"
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace reap {
+
+struct SessionOptions {
+    std::string model_path;
+    int  ctx_size = 2048;  // tokens of one sequence
+    int  batch_size = 0;   // tokens of one decode; 0: ubatch_size
+    int  ubatch_size = 512;
+    int  n_sequences = 1;
+    int  threads = 0;  // 0: the cores that this process may use
+    int  gpu_layers = -1;
+    std::vector<std::string> devices;
+    std::vector<std::pair<std::string, std::string>> override_tensors;
+    std::vector<std::string> rpc;
+    std::string type_k = "f16";
+    std::string type_v = "f16";
+    std::string flash_attn = "auto";
+    bool use_mmap = true;
+    bool repack = true;
+};
+
+// One batch: arrays [n_tokens].
+struct TokenBatch {
+    const int32_t * tokens;
+    const int32_t * positions;
+    const int32_t * sequences;
+    size_t          n_tokens;
+};
+
+class Session {
+  public:
+    explicit Session(const SessionOptions & options);
+    Session(const Session &) = delete;
+    Session & operator=(const Session &) = delete;
+
+    int  n_vocab() const;
+    int  n_ctx_train() const;
+    int  ctx_size() const { return options_.ctx_size; }
+    int  batch_size() const { return options_.batch_size; }
+    int  ubatch_size() const { return options_.ubatch_size; }
+    int  n_sequences() const { return options_.n_sequences; }
+    int  threads() const { return options_.threads; }
+    bool has_tokenizer() const;
+    bool add_bos() const;
+    bool add_eos() const;
+    int  bos() const;
+    int  eos() const;
+    std::optional<std::string> chat_template() const;
+    std::vector<int32_t> tokenize(const std::string & text, bool add_special, bool parse_special) const;
+    std::string token_text(int token) const;
+
+    // Asked once per layer while a batch runs; true ends the batch with Interrupted.
+    void set_poll(std::function<bool()> poll) { collector_.set_poll(std::move(poll)); }
+
+    void start_profile(const std::vector<int> & layers, size_t n_experts);
+    // groups[t]: where token t is counted, Saliency::NOT_COUNTED for nowhere. What is counted waits for commit(); where a batch
+    // fails, all that waits is discarded.
+    void profile_batch(const TokenBatch & batch, const int32_t * groups);
+    void commit() { collector_.commit(); }
+    void discard();
+    const Saliency & saliency() const { return collector_.saliency(); }
+    const CollectorStats & collector_stats() const { return collector_.stats(); }
+
+    // Logits [n - first][n_vocab] of the positions from `first` on, in a fresh context.
+    std::vector<float> logits(const std::vector<int32_t> & tokens, size_t first);
+    // ln p(tokens[i + 1] | tokens[..i]) for i = first .. n - 2, in a fresh context.
+    std::vector<double> log_probs(const std::vector<int32_t> & tokens, size_t first);
+
+  private:
+    using OnLogits = std::function<void(size_t position, const float * logits)>;
+
+    void resolve_options();
+    void load_model();
+    void create_context();
+    void forget();
+    void check_tokens(const int32_t * tokens, size_t n_tokens) const;
+    void check_batch(const TokenBatch & batch, const int32_t * groups) const;
+    void decode(const TokenBatch & batch, const int8_t * wanted);
+    void for_each_logits(const std::vector<int32_t> & tokens, size_t first, const OnLogits & on_logits);
+
+    SessionOptions options_;
+    Collector      collector_;
+    std::unique_ptr<llama_model, void (*)(llama_model *)>     model_{nullptr, llama_model_free};
+    std::unique_ptr<llama_context, void (*)(llama_context *)> context_{nullptr, llama_free};
+    const llama_vocab * vocab_ = nullptr;
+};
+
+}  // namespace reap

@@ -1,0 +1,112 @@
+"""How a model is run: the engine's options as users give them, checked, and the session they open.
+
+What can be checked is checked here, before llama.cpp sees it: it aborts the process where it meets what it did not expect.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from reap import _native
+from reap.errors import UsageError
+
+if TYPE_CHECKING:
+    from reap import _core
+
+FLASH_ATTENTION = ("auto", "on", "off")
+DEFAULT_UBATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options that go through to llama.cpp, with its own names.
+
+    ctx_size: tokens of one sequence; 0: what the model was trained with. batch_size: tokens of one decode (None: ubatch_size).
+    ubatch_size: tokens of one pass through the graph. threads: None: the cores that this process may use. gpu_layers: negative: all.
+    devices: names as `reap devices` prints them; None: all there are. override_tensors: (regular expression, buffer type).
+    rpc: "host:port" of servers. type_k, type_v: types of the KV cache. flash_attn: "auto", "on" or "off".
+    """
+
+    ctx_size: int = 2048
+    batch_size: int | None = None
+    ubatch_size: int = DEFAULT_UBATCH
+    threads: int | None = None
+    gpu_layers: int = -1
+    devices: Sequence[str] | None = None
+    override_tensors: Sequence[tuple[str, str]] = ()
+    rpc: Sequence[str] = ()
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attn: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("ctx_size", "batch_size", "ubatch_size", "threads"):
+            value = getattr(self, name)
+            least = 0 if name == "ctx_size" else 1
+            if value is not None and (type(value) is not int or not least <= value < 2**31):
+                raise UsageError(f"{name} is {value!r}, expected a whole number of at least {least}")
+        if self.batch_size is not None and self.batch_size < self.ubatch_size:
+            raise UsageError(f"batch_size is {self.batch_size}, less than ubatch_size, which is {self.ubatch_size}")
+        if self.flash_attn not in FLASH_ATTENTION:
+            raise UsageError(f"flash_attn is {self.flash_attn!r}, expected one of {', '.join(FLASH_ATTENTION)}")
+
+    def record(self) -> dict[str, Any]:
+        """What a profile keeps of them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, as the scheduler sees it."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def open_session(path: str | os.PathLike[str], options: EngineOptions, *, n_sequences: int = 1) -> _core.Session:
+    """Load a model into the engine.
+
+    Raises EngineError with the end of the engine's log, UsageError for an option that cannot work, NativeModuleMissing.
+    """
+    core = _native.load()
+    native = core.SessionOptions()
+    native.model_path = os.fspath(path)
+    native.ctx_size = options.ctx_size
+    native.batch_size = options.batch_size or 0
+    native.ubatch_size = options.ubatch_size
+    native.n_sequences = n_sequences
+    native.threads = options.threads or usable_cores()
+    native.gpu_layers = options.gpu_layers
+    native.devices = list(options.devices or ())
+    native.override_tensors = [(pattern, buffer) for pattern, buffer in options.override_tensors]
+    native.rpc = list(options.rpc)
+    native.type_k = options.type_k
+    native.type_v = options.type_v
+    native.flash_attn = options.flash_attn
+    return core.Session(native)
+
+
+class SessionTokenizer:
+    """The model's own tokenizer, as `reap.calibration.Tokenizer` wants it."""
+
+    def __init__(self, session: _core.Session) -> None:
+        self._session = session
+        self.n_vocab = session.n_vocab
+        self.has_tokenizer = session.has_tokenizer
+        self.add_bos = session.add_bos
+        self.bos: int | None = session.bos if session.bos >= 0 else None
+        self.eos: int | None = session.eos if session.eos >= 0 else None
+        self.chat_template = session.chat_template
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`."""
+        ids: list[int] = np.asarray(self._session.tokenize(text.encode("utf-8"), add_special, parse_special)).tolist()
+        return ids
+
+    def token_text(self, token: int) -> bytes:
+        """The bytes of a token, special tokens included."""
+        return self._session.token_text(token)

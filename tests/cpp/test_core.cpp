@@ -1,0 +1,197 @@
+// Tests of csrc without Python, meant for AddressSanitizer and UBSan. With the path of a small MoE GGUF as argument, that model is
+// run as well: `reap_cpp_tests [MODEL N_EXPERTS LAYER...]`.
+#include "collector.h"
+#include "errors.h"
+#include "moe_graph.h"
+#include "saliency.h"
+#include "session.h"
+#include "tensor_read.h"
+
+#include "ggml.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <vector>
+
+static int failures = 0;
+static int checks = 0;
+
+#define CHECK(condition)                                                            \
+    do {                                                                            \
+        ++checks;                                                                   \
+        if (!(condition)) {                                                         \
+            ++failures;                                                             \
+            std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+        }                                                                           \
+    } while (0)
+
+template <typename Error, typename Work>
+static bool throws(Work && work) {
+    try {
+        work();
+    } catch (const Error &) {
+        return true;
+    }
+    return false;
+}
+
+using namespace reap;
+
+static void test_node_names() {
+    CHECK(parse_node_name("ffn_moe_topk-3").role == Role::Ids);
+    CHECK(parse_node_name("ffn_moe_topk-3").layer == 3);
+    CHECK(parse_node_name("ffn_moe_weights_norm-47").role == Role::Weights);
+    CHECK(parse_node_name("ffn_moe_weights_norm-47").kind == "ffn_moe_weights_norm");
+    CHECK(parse_node_name("ffn_moe_down_biased-0").role == Role::Output);
+    CHECK(parse_node_name("ffn_moe_weights-3 (reshaped)").role == Role::None);
+    CHECK(parse_node_name("ffn_moe_weights_sum-3").role == Role::None);
+    CHECK(parse_node_name("ffn_moe_down").role == Role::None);
+    CHECK(parse_node_name("ffn_moe_down-").role == Role::None);
+    CHECK(parse_node_name("ffn_moe_down--1").role == Role::None);
+    CHECK(parse_node_name("ffn_moe_down-99999999999").role == Role::None);
+    CHECK(parse_node_name("").role == Role::None);
+}
+
+static void test_saliency_sums() {
+    Saliency saliency(2, 4);
+    saliency.reserve_groups(2);
+    const int32_t experts[] = {0, 3, 3, 1, 2, 0};
+    const float gates[] = {0.5f, 0.25f, 0.75f, 1.0f, 0.125f, 2.0f};
+    const double norms[] = {1.0, 2.0, 4.0, 8.0, 16.0, 32.0};
+    const int32_t groups[] = {0, Saliency::NOT_COUNTED, 1};
+    saliency.add(1, {experts, gates, norms, 2, 3}, groups);
+    CHECK(saliency.sums(0).counts[4] == 0);  // waits for commit
+    saliency.commit();
+    const Sums & first = saliency.sums(0);
+    const Sums & second = saliency.sums(1);
+    CHECK(first.counts[4 + 0] == 1 && first.counts[4 + 3] == 1 && first.counts[4 + 1] == 0);
+    CHECK(first.total_tokens[0] == 0 && first.total_tokens[1] == 1);
+    CHECK(first.gated_norm[4 + 3] == 0.5 && first.gated_norm_sq[4 + 3] == 0.25);
+    CHECK(second.counts[4 + 2] == 1 && second.gate[4 + 0] == 2.0 && second.norm_max[4 + 0] == 32.0);
+    CHECK(second.gated_norm[4 + 0] == 64.0);
+
+    saliency.add(0, {experts, gates, norms, 2, 3}, groups);
+    saliency.discard();
+    saliency.commit();
+    CHECK(saliency.sums(0).total_tokens[0] == 0 && saliency.sums(0).counts[0] == 0);
+}
+
+static void test_saliency_refuses() {
+    Saliency saliency(1, 4);
+    const int32_t groups[] = {0};
+    const int32_t too_high[] = {4};
+    const int32_t negative[] = {-1};
+    const int32_t good[] = {1};
+    const float gate[] = {1.0f};
+    const float infinite_gate[] = {std::numeric_limits<float>::infinity()};
+    const double norm[] = {1.0};
+    const double nan_norm[] = {std::nan("")};
+    CHECK(throws<EngineError>([&] { saliency.add(0, {too_high, gate, norm, 1, 1}, groups); }));
+    CHECK(throws<EngineError>([&] { saliency.add(0, {negative, gate, norm, 1, 1}, groups); }));
+    CHECK(throws<EngineError>([&] { saliency.add(0, {good, gate, nan_norm, 1, 1}, groups); }));
+    CHECK(throws<EngineError>([&] { saliency.add(0, {good, infinite_gate, norm, 1, 1}, groups); }));
+    CHECK(throws<UsageError>([&] { saliency.reserve_groups(Saliency::MAX_GROUPS + 1); }));
+}
+
+static void test_tensor_reading() {
+    ggml_init_params params = {1 << 20, nullptr, false};
+    ggml_context * context = ggml_init(params);
+    // a strided view, as the selected experts are a view of the full argsort
+    ggml_tensor * all = ggml_new_tensor_2d(context, GGML_TYPE_I32, 8, 3);
+    std::iota(static_cast<int32_t *>(all->data), static_cast<int32_t *>(all->data) + 24, 0);
+    ggml_tensor * top = ggml_view_2d(context, all, 2, 3, all->nb[1], 0);
+    std::vector<int32_t> ids;
+    size_t bytes = 0;
+    read_i32(top, ids, bytes);
+    CHECK((ids == std::vector<int32_t>{0, 1, 8, 9, 16, 17}));
+    CHECK(bytes == 0);
+
+    ggml_tensor * values = ggml_new_tensor_3d(context, GGML_TYPE_F32, 67, 4, 5);
+    auto * data = static_cast<float *>(values->data);
+    for (int i = 0; i < 67 * 4 * 5; ++i) {
+        data[i] = static_cast<float>(i % 13) - 6.0f;
+    }
+    const auto naive = [&](size_t row) {
+        double sum = 0.0;
+        for (size_t i = 0; i < 67; ++i) {
+            sum += static_cast<double>(data[row * 67 + i]) * data[row * 67 + i];
+        }
+        return std::sqrt(sum);
+    };
+    std::vector<double> norms;
+    read_row_norms(values, 2, norms, bytes);
+    CHECK(norms.size() == 20);
+    for (size_t row = 0; row < norms.size(); ++row) {
+        CHECK(std::abs(norms[row] - naive(row)) < 1e-12);
+    }
+    ggml_tensor * middle = ggml_view_3d(context, values, 67, 2, 5, values->nb[1], values->nb[2], values->nb[1]);
+    read_row_norms(middle, 1, norms, bytes);
+    CHECK(norms.size() == 10);
+    CHECK(std::abs(norms[0] - naive(1)) < 1e-12 && std::abs(norms[3] - naive(6)) < 1e-12);
+
+    std::vector<float> floats;
+    CHECK(throws<EngineError>([&] { read_f32(middle, floats, bytes); }));
+    CHECK(throws<EngineError>([&] { read_i32(values, ids, bytes); }));
+    ggml_free(context);
+}
+
+static void test_model(const std::string & path, size_t n_experts, const std::vector<int> & layers) {
+    SessionOptions options;
+    options.model_path = path;
+    options.ctx_size = 64;
+    options.ubatch_size = 16;
+    options.batch_size = 32;  // two ubatches: the graph runs twice in one decode
+    options.threads = 2;
+    Session session(options);
+    session.start_profile(layers, n_experts);
+    std::vector<int32_t> tokens(50), positions(50), sequences(50, 0), groups(50, 0);
+    for (int i = 0; i < 50; ++i) {
+        tokens[i] = (i * 7) % session.n_vocab();
+        positions[i] = i;
+    }
+    const auto run = [&](size_t first, size_t n) {
+        session.profile_batch({tokens.data() + first, positions.data() + first, sequences.data(), n}, groups.data());
+    };
+    run(0, 32);
+    run(32, 18);
+    session.commit();
+    const Sums & sums = session.saliency().sums(0);
+    for (size_t row = 0; row < layers.size(); ++row) {
+        CHECK(sums.total_tokens[row] == 50);
+    }
+    bool asked = false;
+    session.set_poll([&] { return asked = true; });
+    CHECK(throws<Interrupted>([&] { run(0, 32); }));
+    CHECK(asked);
+    session.set_poll(nullptr);
+    session.commit();
+    CHECK(session.saliency().sums(0).total_tokens[0] == 50);  // the interrupted batch left nothing
+    run(0, 32);
+    session.commit();
+    CHECK(session.saliency().sums(0).total_tokens[0] == 82);
+    tokens[3] = session.n_vocab();
+    CHECK(throws<UsageError>([&] { run(0, 32); }));
+    tokens[3] = 0;
+    CHECK(session.logits(tokens, 48).size() == 2 * static_cast<size_t>(session.n_vocab()));
+    CHECK(session.log_probs(tokens, 25).size() == 24);
+}
+
+int main(int argc, char ** argv) {
+    test_node_names();
+    test_saliency_sums();
+    test_saliency_refuses();
+    test_tensor_reading();
+    if (argc > 3) {
+        std::vector<int> layers;
+        for (int i = 3; i < argc; ++i) {
+            layers.push_back(std::atoi(argv[i]));
+        }
+        test_model(argv[1], static_cast<size_t>(std::atoi(argv[2])), layers);
+    }
+    std::printf("%d checks, %d failed\n", checks, failures);
+    return failures == 0 ? 0 : 1;
+}
