@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import FormatError, UnsupportedModelError
-from reap.gguf.experts import ExpertLayout, read_count, read_layout
+from reap.gguf.experts import MAX_EXPERTS, ExpertLayout, read_count, read_layout, read_text
 from reap.gguf.reader import GGUFModel, TensorInfo
 
 _HASH_CHUNK_BYTES = 1 << 20
 PROVENANCE_PREFIX = "reap."
+#: Far above llama.cpp's 512, so that a forged count costs no memory.
+MAX_LAYERS = 65_536
 # what quantising may add to a file: one scale for a tensor or an expert (NVFP4). A quantisation is the same model
 _SCALES = (".scale", ".input_scale")
 
@@ -95,13 +97,16 @@ def describe(model: GGUFModel) -> ModelInfo:
     layout = read_layout(model)
     architecture = layout.architecture
     n_layers = read_count(model, f"{architecture}.block_count")
+    if n_layers > MAX_LAYERS:
+        raise FormatError(f"{model.path}: {architecture}.block_count is {n_layers:,}, expected at most {MAX_LAYERS:,}")
     used = _used_per_layer(model, layout, n_layers)
+    n_groups, n_groups_used = _groups(model, layout)
     cut_bytes = sum(tensor.n_bytes for tensors in layout.layers.values() for tensor in tensors)
     expert_bytes = sum(tensor.n_bytes for tensor in layout.experts)
     is_moe = bool(layout.layers)
     return ModelInfo(
         path=model.path,
-        name=_text(model, "general.name"),
+        name=read_text(model, "general.name"),
         architecture=architecture,
         n_layers=n_layers,
         n_prediction_layers=read_count(model, f"{architecture}.nextn_predict_layers"),
@@ -109,8 +114,8 @@ def describe(model: GGUFModel) -> ModelInfo:
         n_experts=layout.n_experts if is_moe else 0,
         n_experts_used=max(used, default=0),
         n_experts_used_per_layer=used,
-        n_groups=max(1, read_count(model, f"{architecture}.expert_group_count")),
-        n_groups_used=max(1, read_count(model, f"{architecture}.expert_group_used_count")),
+        n_groups=n_groups,
+        n_groups_used=n_groups_used,
         vocab_size=_vocab_size(model, architecture),
         context_length=read_count(model, f"{architecture}.context_length"),
         file_type=read_count(model, "general.file_type") if "general.file_type" in model.metadata else None,
@@ -121,7 +126,7 @@ def describe(model: GGUFModel) -> ModelInfo:
         expert_bytes=expert_bytes,
         other_bytes=model.size - expert_bytes,
         bytes_per_expert=cut_bytes // layout.n_experts if is_moe else 0,
-        has_tokenizer=_text(model, "tokenizer.ggml.model") not in (None, "none"),
+        has_tokenizer=read_text(model, "tokenizer.ggml.model") not in (None, "none"),
         has_chat_template="tokenizer.chat_template" in model.metadata,
         fingerprint=_fingerprint(model, layout, n_layers, used),
         router_fingerprint=_hash_tensors(model, layout.routers),
@@ -130,9 +135,18 @@ def describe(model: GGUFModel) -> ModelInfo:
     )
 
 
-def _text(model: GGUFModel, key: str) -> str | None:
-    value = model.get(key)
-    return value if isinstance(value, str) else None
+def _groups(model: GGUFModel, layout: ExpertLayout) -> tuple[int, int]:
+    """(groups of the router, groups that a token may use); (1, 1) for a router without groups."""
+    n_groups = max(1, read_count(model, f"{layout.architecture}.expert_group_count"))
+    n_groups_used = read_count(model, f"{layout.architecture}.expert_group_used_count", n_groups)
+    if n_groups == 1 or not layout.layers:
+        return 1, 1
+    if layout.n_experts % n_groups or not 0 < n_groups_used <= n_groups:
+        raise FormatError(
+            f"{model.path}: {layout.architecture} routes to {n_groups_used} of {n_groups} groups of {layout.n_experts} experts,"
+            " which cannot be"
+        )
+    return n_groups, n_groups_used
 
 
 def _used_per_layer(model: GGUFModel, layout: ExpertLayout, n_layers: int) -> tuple[int, ...]:
@@ -146,9 +160,9 @@ def _used_per_layer(model: GGUFModel, layout: ExpertLayout, n_layers: int) -> tu
     if found.array_type is None:
         used = [read_count(model, key)] * len(layout.layers)
     else:
+        if found.length != n_layers or layout.moe_layers[-1] >= n_layers:
+            raise FormatError(f"{model.path}: {key} has {found.length} entries for {n_layers} blocks")
         values = found.value
-        if len(values) != n_layers or layout.moe_layers[-1] >= n_layers:
-            raise FormatError(f"{model.path}: {key} has {len(values)} entries for {n_layers} blocks")
         used = [values[layer] for layer in layout.layers]
     for layer, count in zip(layout.layers, used, strict=True):
         if type(count) is not int or not 0 < count <= layout.n_experts:
@@ -194,5 +208,8 @@ def _hash_tensors(model: GGUFModel, tensors: tuple[TensorInfo, ...]) -> str:
 
 
 def _provenance(model: GGUFModel) -> dict[str, Any] | None:
-    found = {key: pair.value for key, pair in model.metadata.items() if key.startswith(PROVENANCE_PREFIX)}
-    return found or None
+    found = {key: pair for key, pair in model.metadata.items() if key.startswith(PROVENANCE_PREFIX)}
+    for key, pair in found.items():
+        if pair.length > MAX_EXPERTS:
+            raise FormatError(f"{model.path}: {key} holds {pair.length:,} values, expected at most {MAX_EXPERTS:,}")
+    return {key: pair.value for key, pair in found.items()} or None

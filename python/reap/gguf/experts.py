@@ -14,7 +14,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from reap.errors import FormatError
-from reap.gguf.reader import INTEGER_TYPES, TENSOR_TYPES, GGUFModel, TensorInfo
+from reap.gguf.reader import INTEGER_TYPES, TENSOR_TYPES, GGUFModel, TensorInfo, ValueType
 
 
 class Role(Enum):
@@ -68,6 +68,8 @@ _COMPILED = tuple((re.compile(rule.pattern), rule) for rule in RULES)
 #: Tensors whose presence makes a block a MoE layer.
 _EXPERTS = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")
 _ROUTER = "ffn_gate_inp.weight"
+#: Far above llama.cpp's 1,024, so that a forged count costs no memory.
+MAX_EXPERTS = 65_536
 _UNKNOWN = "may belong to the experts, but reap does not know this tensor"
 
 
@@ -114,10 +116,16 @@ class ExpertLayout:
 
 def read_architecture(model: GGUFModel) -> str:
     """`general.architecture`. Raises FormatError if the file does not say."""
-    architecture = model.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture:
+    architecture = read_text(model, "general.architecture")
+    if not architecture:
         raise FormatError(f"{model.path}: has no general.architecture")
     return architecture
+
+
+def read_text(model: GGUFModel, key: str) -> str | None:
+    """A metadata string, or None if the key is missing or holds something else."""
+    found = model.metadata.get(key)
+    return found.value if found is not None and found.type == ValueType.STRING else None
 
 
 def read_count(model: GGUFModel, key: str, default: int = 0) -> int:
@@ -134,6 +142,8 @@ def read_layout(model: GGUFModel) -> ExpertLayout:
     """Find the experts of a model. Raises FormatError where header and tensors contradict each other."""
     architecture = read_architecture(model)
     n_experts = read_count(model, f"{architecture}.expert_count")
+    if n_experts > MAX_EXPERTS:
+        raise FormatError(f"{model.path}: {architecture}.expert_count is {n_experts:,}, expected at most {MAX_EXPERTS:,}")
     blocks = _blocks(model)
     moe = [layer for layer in sorted(blocks) if _is_moe(blocks[layer])]
     if moe and n_experts == 0:
@@ -206,3 +216,33 @@ def _refusal(name: str, tensor: TensorInfo, is_moe: bool, n_experts: int) -> str
     if rule.role is Role.CUT and rule.n_dims == 1 and TENSOR_TYPES[tensor.type].block_size != 1:
         return f"cannot be cut: a block of {tensor.type_name} holds several experts"
     return ""
+
+
+# ---- what removing experts does to the gate
+
+# read in llama.cpp's src/models/*.cpp, in the calls of build_moe_ffn: a softmax over all experts and norm_w false
+_NEVER_RENORMALISES = frozenset({"deepseek", "jamba", "llada-moe", "nomic-bert-moe", "olmoe", "qwen2moe"})
+# there too: norm_w is the key expert_weights_norm, false where the key is missing
+_RENORMALISES_BY_KEY = frozenset(
+    {
+        "afmoe", "bailingmoe", "bailingmoe2", "bailingmoe3", "cohere2moe", "deepseek2", "deepseek2-ocr",
+        "deepseek32", "dots1", "dots3note", "exaone-moe", "glm-dsa", "glm4moe", "glm5-next",
+        "hy_v3", "hy_v4", "kimi-k3", "laguna", "minimax-m3", "step35",
+    }
+)
+# of those, the ones whose gate is a softmax where expert_gating_func is missing
+_SOFTMAX_BY_DEFAULT = frozenset({"bailingmoe", "deepseek2", "deepseek2-ocr"})
+_SOFTMAX = 1  # llama.cpp's src/llama-hparams.h, LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX
+
+
+def gates_depend_on_all(model: GGUFModel, architecture: str) -> bool:
+    """Whether a gate is a softmax over all experts that is not normalised again over the chosen ones.
+
+    Removing experts then makes the gates of the survivors larger, because the denominator shrinks.
+    """
+    if architecture in _NEVER_RENORMALISES:
+        return True
+    if architecture not in _RENORMALISES_BY_KEY or model.get(f"{architecture}.expert_weights_norm", False):
+        return False
+    gating = read_count(model, f"{architecture}.expert_gating_func")
+    return gating == _SOFTMAX or (gating == 0 and architecture in _SOFTMAX_BY_DEFAULT)

@@ -30,6 +30,7 @@ MAX_KEYS = 65_536
 MAX_TENSORS = 131_072
 MAX_STRINGS = 4_194_304
 MAX_NAME_BYTES = 65_535
+MAX_ALIGNMENT = 1 << 24
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -297,8 +298,8 @@ class _Parser:
         if found.type != ValueType.UINT32:
             raise self.fail("general.alignment has the wrong type, expected a 32-bit unsigned integer")
         alignment = int(found.value)
-        if alignment == 0 or alignment & (alignment - 1):
-            raise self.fail(f"general.alignment is {alignment}, expected a power of two")
+        if not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise self.fail(f"general.alignment is {alignment}, expected a power of two up to {MAX_ALIGNMENT:,}")
         return alignment
 
     def tensors(self, n_tensors: int, alignment: int) -> tuple[dict[str, TensorInfo], int]:
