@@ -82,7 +82,7 @@ def profile(
     )
     session = open_session(model, options)
     session.start_profile(list(info.moe_layers), info.n_experts)
-    run = _Run(session, progress)
+    run = _Run(session, source, progress)
     run.add_all(source.windows(SessionTokenizer(session)))
     return _to_profile(info, options, source, run)
 
@@ -90,8 +90,9 @@ def profile(
 class _Run:
     """Feeds windows to a session, sample by sample: a sample is counted whole or not at all."""
 
-    def __init__(self, session: _core.Session, progress: ProgressCallback | None) -> None:
+    def __init__(self, session: _core.Session, source: Calibration, progress: ProgressCallback | None) -> None:
         self.session = session
+        self._source = source
         self.domains: list[str | None] = []
         self.tokens = 0
         self._progress = progress or (lambda _: None)
@@ -115,7 +116,7 @@ class _Run:
             n_tokens = len(tokens[part])
             self.session.profile_batch(tokens[part], positions[part], np.zeros(n_tokens, np.int32), groups[part])
             self.tokens += n_tokens
-            self._progress(Progress(self.tokens, None))
+            self._progress(Progress(self.tokens, self._source.estimated_tokens()))
 
     def _group(self, domain: str | None) -> int:
         if domain not in self.domains:
