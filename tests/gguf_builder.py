@@ -52,7 +52,8 @@ class MoeShape:
     name: str = "tiny"
     tokenizer: str = "none"  # "none" or "words": tokens w0, w1, ...
     keys: Mapping[str, tuple[gguf.GGUFValueType, Any]] = field(default_factory=dict)
-    extra: Mapping[str, Array] = field(default_factory=dict)
+    extra: Mapping[str, Array] = field(default_factory=dict)  # more tensors, or others in place of the model's
+    typed: Mapping[str, tuple[Array, GGMLQuantizationType]] = field(default_factory=dict)  # the same, already in a ggml type
 
 
 def random_tensor(
@@ -148,9 +149,7 @@ def _tensors(s: MoeShape, rng: np.random.Generator) -> dict[str, tuple[Array, GG
         tensors.update({f"blk.{layer}.{name}": tensor for name, tensor in block.items()})
     tensors["output_norm.weight"] = _ones(s.n_embd)
     tensors["output.weight"] = random_tensor(rng, (s.n_vocab, s.n_embd))
-    for name, array in s.extra.items():
-        tensors[name] = (array, F32)
-    return tensors
+    return {**tensors, **{name: (array, F32) for name, array in s.extra.items()}, **s.typed}
 
 
 def _ones(length: int) -> tuple[Array, GGMLQuantizationType]:
