@@ -76,7 +76,7 @@ __all__ = sorted((*_MODULE_OF, "__version__"))
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _version()
+        value: Any = import_module("reap.version").version()
     elif name in _MODULE_OF:
         value = getattr(import_module(f"reap.{_MODULE_OF[name]}"), name)
     else:
@@ -87,12 +87,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("reap-moe")
-    except PackageNotFoundError:
-        return "0+unknown"  # run from a checkout that was never installed
