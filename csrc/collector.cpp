@@ -28,6 +28,19 @@ const ggml_tensor * ids_of(const ggml_tensor * output) {
     }
 }
 
+// Whether a node multiplies with the down projection of the routed experts (GroveMoE's adjugate ones are "_chexps").
+bool multiplies_experts(const ggml_tensor * node) {
+    for (const ggml_tensor * t = node; t != nullptr; t = t->src[0]) {
+        if (t->op == GGML_OP_MUL_MAT_ID) {
+            return std::string_view(t->src[0]->name).find("ffn_down_exps") != std::string_view::npos;
+        }
+        if (t->op != GGML_OP_MUL && t->op != GGML_OP_ADD_ID) {
+            return false;
+        }
+    }
+    return false;
+}
+
 std::string in_layer(int layer) {
     return "layer " + std::to_string(layer) + ": ";
 }
@@ -54,9 +67,8 @@ bool Collector::on_ask(ggml_tensor * node) {
         survey(node);
         return false;
     }
-    if (stopped_ && !abandoned_ && node->name == first_node_) {
-        // a decode of several ubatches runs the graph once for each
-        stopped_ = false;
+    if (!abandoned_ && node->name == first_node_) {
+        begin_graph();
     }
     if (stopped_ || abandoned_) {
         return true;  // computes this one node of the split; on_stop ends it there
@@ -70,6 +82,10 @@ bool Collector::on_ask(ggml_tensor * node) {
         return false;
     }
     const LayerPlan & plan = found->second;
+    LayerState & state = states_[name.layer];
+    if (state.done) {
+        return false;
+    }
     switch (name.role) {
         case Role::Ids:
             return plan.stop_at_ids;
@@ -77,10 +93,19 @@ bool Collector::on_ask(ggml_tensor * node) {
             if (name.kind != plan.weights) {
                 return false;
             }
-            states_[name.layer].weights = node;
+            state.weights = node;
             return plan.stop_at_weights;
         default:
             return name.kind == plan.output;
+    }
+}
+
+// A decode of several ubatches runs the graph once for each.
+void Collector::begin_graph() {
+    stopped_ = false;
+    for (auto & [layer, state] : states_) {
+        state.done = state.have_ids = state.have_weights = false;
+        state.weights = nullptr;
     }
 }
 
@@ -139,10 +164,9 @@ void Collector::gather(const LayerPlan & plan, LayerState & state, const ggml_te
     if (state.tokens_seen + n_tokens > n_tokens_) {
         throw EngineError("saw more tokens than the batch of " + std::to_string(n_tokens_) + " has");
     }
-    saliency_->add(plan.row, {state.ids.data(), state.gates.data(), norms_.data(), n_used, n_tokens}, groups_ + state.tokens_seen);
+    saliency_->add(plan.row, {state.ids.data(), state.gates.data(), norms_.data(), n_used, n_tokens, plan.gate_in_norm}, groups_ + state.tokens_seen);
     state.tokens_seen += n_tokens;
-    state.weights = nullptr;
-    state.have_ids = state.have_weights = false;
+    state.done = true;
 }
 
 void Collector::survey(ggml_tensor * node) {
@@ -195,37 +219,66 @@ void Collector::end_survey(const std::vector<int> & layers, size_t n_experts) {
     seen_.clear();
 }
 
-Collector::LayerPlan Collector::plan_layer(int layer) const {
-    LayerPlan plan;
-    const ggml_tensor * ids = nullptr;
-    const ggml_tensor * weights = nullptr;
-    size_t output = 0;
-    int n_routings = 0;
+// The nodes (indices of seen_) of the layer's block of routed experts: from its ids to the next ids of the same layer.
+std::vector<size_t> Collector::routing_block(int layer) const {
+    std::vector<std::vector<size_t>> blocks;
     for (size_t i = 0; i < seen_.size(); ++i) {
         const NodeName name = parse_node_name(seen_[i].name);
-        if (name.layer != layer) {
+        if (name.role == Role::None || name.layer != layer) {
             continue;
         }
         if (name.role == Role::Ids) {
-            ids = seen_[i].tensor;
-            n_routings += 1;
-        } else if (name.role == Role::Weights) {
+            blocks.emplace_back();
+        }
+        if (!blocks.empty()) {
+            blocks.back().push_back(i);
+        }
+    }
+    std::vector<size_t> found;
+    for (const auto & block : blocks) {
+        const bool routed = std::any_of(block.begin(), block.end(), [&](size_t i) {
+            return parse_node_name(seen_[i].name).role == Role::Output && multiplies_experts(seen_[i].tensor);
+        });
+        if (routed && !found.empty()) {
+            throw EngineError(in_layer(layer) + "runs its experts more than once, which reap cannot tell apart");
+        }
+        if (routed) {
+            found = block;
+        }
+    }
+    if (found.empty()) {
+        throw EngineError(in_layer(layer) + "found no ids that the experts are selected by");
+    }
+    if (found.front() != blocks.front().front()) {
+        throw EngineError(in_layer(layer) + "runs another block under the experts' names before them");
+    }
+    return found;
+}
+
+Collector::LayerPlan Collector::plan_layer(int layer) const {
+    LayerPlan plan;
+    const ggml_tensor * weights = nullptr;
+    size_t output = 0;
+    size_t gated = 0;
+    for (const size_t i : routing_block(layer)) {
+        const NodeName name = parse_node_name(seen_[i].name);
+        if (name.role == Role::Weights) {
             weights = seen_[i].tensor;
             plan.weights = name.kind;
         } else if (name.role == Role::Output) {
             output = i;
             plan.output = name.kind;
+        } else if (name.role == Role::Gated) {
+            gated = i;
         }
     }
-    if (ids == nullptr || weights == nullptr) {
-        throw EngineError(in_layer(layer) + "found experts without " + (ids == nullptr ? "the ids of the selected ones" : "their gate"));
+    if (weights == nullptr || gated == 0) {
+        throw EngineError(in_layer(layer) + "found experts without " + (weights == nullptr ? "a gate" : "a product with their gate"));
     }
-    if (n_routings > 1) {
-        throw EngineError(in_layer(layer) + "routes " + std::to_string(n_routings) + " times, which reap cannot tell apart");
-    }
-    const ggml_tensor * used_ids = ids_of(seen_[output].tensor);
-    plan.stop_at_ids = used_ids == nullptr || !read_later(used_ids, output);
+    const ggml_tensor * ids = ids_of(seen_[output].tensor);
+    plan.stop_at_ids = ids == nullptr || !read_later(ids, output);
     plan.stop_at_weights = !read_later(weights, output);
+    plan.gate_in_norm = gated < output;
     return plan;
 }
 
@@ -250,13 +303,12 @@ void Collector::begin_batch(const int32_t * groups, size_t n_tokens) {
     n_tokens_ = n_tokens;
     const int32_t last_group = *std::max_element(groups, groups + n_tokens);
     saliency_->reserve_groups(static_cast<size_t>(std::max(0, last_group)) + 1);
-    stopped_ = abandoned_ = false;
+    abandoned_ = false;
     error_ = nullptr;
     for (auto & [layer, state] : states_) {
         state.tokens_seen = 0;
-        state.have_ids = state.have_weights = false;
-        state.weights = nullptr;
     }
+    begin_graph();
 }
 
 void Collector::end_batch() {

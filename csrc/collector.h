@@ -71,20 +71,24 @@ class Collector {
         std::string weights;  // the kind of the gate's last form
         bool        stop_at_ids = false;
         bool        stop_at_weights = false;
+        bool        gate_in_norm = false;  // the gate multiplies the experts' input
     };
 
     // One layer in the graph under way.
     struct LayerState {
         const ggml_tensor *  weights = nullptr;
         bool                 have_ids = false, have_weights = false;
+        bool                 done = false;  // in the graph under way; GroveMoE runs a second block under the same names
         std::vector<int32_t> ids;
         std::vector<float>   gates;
         size_t               tokens_seen = 0;
     };
 
     bool on_ask(ggml_tensor * node);
+    void begin_graph();
     bool on_stop(ggml_tensor * node);
     void survey(ggml_tensor * node);
+    std::vector<size_t> routing_block(int layer) const;
     LayerPlan plan_layer(int layer) const;
     bool read_later(const ggml_tensor * tensor, size_t stop) const;
     void gather(const LayerPlan & plan, LayerState & state, const ggml_tensor * output);

@@ -8,7 +8,7 @@ namespace reap {
 
 namespace {
 
-constexpr std::array<std::pair<std::string_view, Role>, 8> ROLES = {{
+constexpr std::array<std::pair<std::string_view, Role>, 9> ROLES = {{
     {"ffn_moe_topk", Role::Ids},
     {"ffn_moe_weights", Role::Weights},
     {"ffn_moe_weights_softmax", Role::Weights},
@@ -17,6 +17,7 @@ constexpr std::array<std::pair<std::string_view, Role>, 8> ROLES = {{
     {"ffn_moe_down", Role::Output},
     {"ffn_moe_down_scaled", Role::Output},
     {"ffn_moe_down_biased", Role::Output},
+    {"ffn_moe_weighted", Role::Gated},
 }};
 
 }  // namespace

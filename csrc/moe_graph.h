@@ -11,6 +11,7 @@ enum class Role {
     Ids,      // the selected experts, [n_used, n_tokens], often a strided view
     Weights,  // a form of the gate; the last one multiplies the expert's output
     Output,   // a form of the expert's output, [n_embd, n_used, n_tokens]; the last one is what the gate multiplies
+    Gated,    // the product with the gate: of the output, or (Llama-4) of the experts' input
 };
 
 struct NodeName {

@@ -72,8 +72,8 @@ void Saliency::add(size_t layer, const Routing & routing, const int32_t * groups
             }
             const double gate = routing.gates[at];
             const double norm = routing.norms[at];
-            const double gated = gate * norm;
-            if (!std::isfinite(gated)) {
+            const double gated = routing.gate_in_norm ? norm : gate * norm;
+            if (!std::isfinite(gated) || !std::isfinite(gate)) {
                 throw EngineError("expert " + std::to_string(expert) + " has an output or a gate that is not a finite number (gate " +
                                   std::to_string(gate) + ", norm " + std::to_string(norm) + ")");
             }

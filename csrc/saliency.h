@@ -17,6 +17,8 @@ struct Routing {
     const double *  norms;
     size_t          n_used;
     size_t          n_tokens;
+    // the gate multiplied the expert's input, so that the norm already has it in it (Llama-4)
+    bool            gate_in_norm = false;
 };
 
 // The sums of one group (a domain, say): arrays [n_layers][n_experts], and the tokens that each layer saw.
