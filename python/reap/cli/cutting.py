@@ -1,0 +1,143 @@
+"""inspect, plan, prune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import reap
+from reap.cli.options import Json, KeepText, Metric, Protect, Seed, check_output, parse_keep
+from reap.cli.show import bytes_text, print_facts, print_json, progress_bar
+from reap.errors import UsageError
+from reap.inspector import ModelInfo
+from reap.planner import PrunePlan, router_warning
+from reap.pruner import PruneReport
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")]
+
+
+def inspect(model: Model, json: Json = False) -> None:
+    """Say what a model is and what its experts weigh; of a pruned one, also where it came from."""
+    info = reap.inspect(model)
+    if json:
+        return print_json(info.to_dict())
+    print_facts(_model_facts(info))
+
+
+def _model_facts(info: ModelInfo) -> list[tuple[str, object]]:
+    facts: list[tuple[str, object]] = [
+        ("model", info.name or info.path.name),
+        ("architecture", info.architecture),
+        ("size", f"{bytes_text(info.n_bytes)} in {info.n_files} file{'s' * (info.n_files > 1)}, {info.n_parameters:,} parameters"),
+        ("tensor types", ", ".join(f"{count} {name}" for name, count in info.tensor_types.items())),
+        ("layers", info.n_layers),
+        ("context", f"{info.context_length:,} tokens"),
+    ]
+    if not info.is_moe:
+        facts.append(("experts", "none: a dense model"))
+    else:
+        grouped = f" from {info.n_groups_used} of {info.n_groups} groups" if info.n_groups > 1 else ""
+        facts += [
+            ("experts", f"{info.n_experts} in each of {len(info.moe_layers)} layers; a token uses {info.n_experts_used}{grouped}"),
+            ("their size", f"{bytes_text(info.expert_bytes)}, {info.expert_bytes / max(info.n_bytes, 1):.0%} of the file"),
+            ("one expert less", f"saves {bytes_text(info.bytes_per_expert)}"),
+        ]
+    facts += [("cannot be pruned", reason) for reason in info.refusals]
+    facts.append(("fingerprint", info.fingerprint))
+    return facts + [(key, _shorten(value)) for key, value in (info.provenance or {}).items() if not key.startswith("reap.kept.")]
+
+
+def _shorten(value: object, width: int = 100) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def plan(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it.")],
+    keep: KeepText,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
+    metric: Metric = "reap",
+    protect: Protect = None,
+    super_experts: Annotated[bool, typer.Option("--super-experts", help="Protect experts with an outlying output as well.")] = False,
+    blend: Annotated[
+        str, typer.Option("--blend", metavar="sum|maxmin", help="All tokens together, or the worst-served domain first.")
+    ] = "sum",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Choose the experts that each layer keeps."""
+    if output is not None:
+        check_output(output, profile)
+    made = reap.plan(
+        profile, keep=parse_keep(keep), metric=metric, protect=protect or (), blend=blend, seed=seed, protect_super_experts=super_experts
+    )
+    if output is not None:
+        made.save(output)
+    if json:
+        return print_json(made.to_dict())
+    print_facts(_plan_facts(made, output))
+
+
+def _plan_facts(made: PrunePlan, output: Path | None) -> list[tuple[str, object]]:
+    protected = made.options.get("protected") or {}
+    return [
+        ("plan", output),
+        ("keeps", f"{made.keep} of {made.n_experts} experts in each of {len(made.layers)} layers, by {made.metric}"),
+        ("protected", ", ".join(f"{layer}:{expert}" for layer, ids in protected.items() for expert in ids) or None),
+        ("note", router_warning(made.keep, made.n_experts)),
+    ]
+
+
+def prune(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="PLAN.json", help="A plan, as `reap plan` writes it.")] = None,
+    profile: Annotated[Path | None, typer.Option("--profile", metavar="PROFILE.json", help="A profile to plan by, with --keep.")] = None,
+    keep: Annotated[str | None, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep, with --profile.")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="Score to rank experts by, with --profile; reap by default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say the exact size; write nothing.")] = False,
+    verify: Annotated[str, typer.Option("--verify", metavar="fast|full|none", help="How much of the output to read back.")] = "fast",
+    name: Annotated[str | None, typer.Option("--name", help="New general.name; nothing else of the metadata changes.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a model without the experts that a plan removes."""
+    chosen = _the_plan(plan, profile, keep, metric)
+    with progress_bar("writing") as progress:
+        report = reap.prune(
+            model,
+            output,
+            chosen,
+            name=name,
+            force=force,
+            dry_run=dry_run,
+            verify=verify,  # type: ignore[arg-type]  # any other word is refused there
+            progress=progress,
+        )
+    if json:
+        return print_json(report.to_dict())
+    print_facts(_report_facts(report))
+
+
+def _the_plan(plan: Path | None, profile: Path | None, keep: str | None, metric: str | None) -> PrunePlan | Path:
+    if plan is not None and not (profile or keep or metric):
+        return plan
+    if plan is None and profile is not None and keep is not None:
+        return reap.plan(profile, keep=parse_keep(keep), metric=metric or "reap")
+    raise UsageError("give either --plan, or --profile and --keep (and --metric)")
+
+
+def _report_facts(report: PruneReport) -> list[tuple[str, object]]:
+    share = report.n_bytes_after / max(report.n_bytes_before, 1)
+    return [
+        ("would write" if report.dry_run else "wrote", report.output),
+        (
+            "size",
+            f"{bytes_text(report.n_bytes_after)} ({report.n_bytes_after:,} bytes), {share:.1%} of {bytes_text(report.n_bytes_before)}",
+        ),
+        ("experts", f"{report.n_experts_after} of {report.n_experts_before} in each of {len(report.kept)} layers, by {report.metric}"),
+        ("time", f"{report.seconds:.1f} s"),
+        *(("note", warning) for warning in report.warnings),
+    ]

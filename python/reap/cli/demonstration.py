@@ -1,0 +1,134 @@
+"""demo: the whole road on the small model that comes with reap."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import reap
+from reap.cli.show import bytes_text, number_text, print_table, progress_bar, say
+from reap.errors import OutputError, ReapError
+from reap.scores import Profile
+
+KEEPS = (0.75, 0.5, 0.25)
+METRICS = ("reap", "frequency", "random")
+DOMAINS = ("python", "c", "english")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A model and what it predicts how well: its perplexity by domain."""
+
+    name: str
+    n_bytes: int
+    perplexity: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the demo works on, all in one folder."""
+
+    out: Path
+
+    @property
+    def model(self) -> Path:
+        return self.out / "model.gguf"
+
+    @property
+    def calibration(self) -> Path:
+        return self.out / "sample_calibration.jsonl"
+
+    @property
+    def profile(self) -> Path:
+        return self.out / "expert_stats_reap.json"
+
+    def heldout(self, domain: str) -> Path:
+        return self.out / f"heldout-{domain}.txt"
+
+    def plan(self, keep: float) -> Path:
+        return self.out / f"plan-{keep:.0%}.json".replace("%", "")
+
+    def pruned(self, keep: float) -> Path:
+        return self.out / f"reap-{keep:.0%}.gguf".replace("%", "")
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the model, the profile and the pruned files.")] = Path(
+        "reap-demo"
+    ),
+) -> None:
+    """Profile, prune and evaluate the small model that comes with reap, in under a minute."""
+    started = time.perf_counter()
+    work = _Files(out)
+    _unpack(work)
+    info = reap.inspect(work.model)
+    say(
+        f"A model of {bytes_text(info.n_bytes)}: {len(info.moe_layers)} layers of {info.n_experts} experts, {info.n_experts_used} of them for each token."
+    )
+    say(f"\n$ reap profile {work.model} {work.calibration} -o {work.profile} -c 512")
+    with progress_bar("profiling") as progress:
+        profile = reap.profile(work.model, work.calibration, ctx_size=512, progress=progress)
+    profile.save(work.profile)
+    say(f"  {profile.calibration['tokens']:,} tokens in {time.perf_counter() - started:.1f} s")
+    rows = [_evaluate("all experts", work, work.model)]
+    for keep in KEEPS:
+        rows += _prune_and_evaluate(work, profile, keep)
+    columns = ["model", "size", *(f"perplexity, {domain}" for domain in DOMAINS), "seconds"]
+    say("")
+    print_table(columns, [_cells(row) for row in rows])
+    say(
+        f"Everything is in {out}; `reap inspect {work.pruned(0.5)}` says what was kept. {time.perf_counter() - started:.0f} seconds in all."
+    )
+
+
+def _unpack(work: _Files) -> None:
+    data = files("reap") / "data"
+    models = sorted((item for item in data.iterdir() if item.name.endswith(".gguf")), key=lambda item: item.name)
+    if not models:
+        raise ReapError("this installation of reap lacks the demo's model (reap/data/*.gguf); reinstall it")
+    try:
+        work.out.mkdir(parents=True, exist_ok=True)
+        copies = [(models[0], work.model), (data / "calibration.jsonl", work.calibration)]
+        copies += [(data / "heldout" / f"{domain}.txt", work.heldout(domain)) for domain in DOMAINS]
+        for source, target in copies:
+            with source.open("rb") as read, open(target, "wb") as write:
+                shutil.copyfileobj(read, write)
+    except OSError as error:
+        raise OutputError(f"{work.out}: cannot be written: {error.strerror or error}") from error
+
+
+def _prune_and_evaluate(work: _Files, profile: Profile, keep: float) -> list[_Row]:
+    """By REAP, the file stays; by the others, for comparison only, it does not."""
+    say(f"\n$ reap plan {work.profile} --keep {keep} -o {work.plan(keep)}")
+    say(f"$ reap prune {work.model} --plan {work.plan(keep)} -o {work.pruned(keep)} --force")
+    for domain in DOMAINS:
+        say(f"$ reap evaluate {work.pruned(keep)} {work.heldout(domain)}")
+    rows = []
+    for metric in METRICS:
+        plan = reap.plan(profile, keep=keep, metric=metric)
+        is_kept = metric == "reap"
+        target = work.pruned(keep) if is_kept else work.out / ".compared.gguf"
+        if is_kept:
+            plan.save(work.plan(keep))
+        reap.prune(work.model, target, plan, force=True)
+        rows.append(_evaluate(f"{keep:.0%} by {metric}", work, target))
+        if not is_kept:
+            target.unlink()
+    return rows
+
+
+def _evaluate(name: str, work: _Files, model: Path) -> _Row:
+    started = time.perf_counter()
+    perplexity = {domain: reap.evaluate(model, work.heldout(domain)).perplexity for domain in DOMAINS}
+    return _Row(name, model.stat().st_size, perplexity, time.perf_counter() - started)
+
+
+def _cells(row: _Row) -> list[str]:
+    return [row.name, bytes_text(row.n_bytes), *(number_text(row.perplexity[domain]) for domain in DOMAINS), f"{row.seconds:.1f}"]

@@ -1,0 +1,131 @@
+"""profile, merge, compare, evaluate, devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import reap
+from reap.cli.options import Json, Metric, Seed, check_output, parse_keep, with_engine_options
+from reap.cli.show import bytes_text, number_text, print_facts, print_json, print_table, progress_bar, say
+from reap.scores import Profile
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+
+
+@with_engine_options(ctx_size=2048)
+def profile(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
+    calibration: Annotated[list[str], typer.Argument(metavar="CALIBRATION...", help="JSON Lines or text; - is standard input.")],
+    output: Output,
+    chat_template: Annotated[
+        str, typer.Option("--chat-template", metavar="none|auto|FILE", help="How prompt and response are joined.")
+    ] = "none",
+    mask: Annotated[str, typer.Option("--mask", metavar="all|response", help="Tokens that are counted.")] = "all",
+    no_parse_special: Annotated[bool, typer.Option("--no-parse-special", help="Read special tokens in texts as plain text.")] = False,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Stop after N tokens.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="FILE", help="Keep what is done in FILE, to go on from.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from --checkpoint.")] = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Measure what each expert contributes on a calibration text."""
+    check_output(output, model, *calibration)
+    source: Any = calibration if len(calibration) > 1 else calibration[0]
+    kept: dict[str, Any] = {"checkpoint": checkpoint, "resume": resume} if checkpoint or resume else {}
+    with progress_bar("profiling") as progress:
+        measured = reap.profile(
+            model,
+            source,
+            chat_template=chat_template,
+            mask=mask,
+            parse_special=not no_parse_special,
+            max_tokens=max_tokens,
+            progress=progress,
+            **kept,
+            **engine,
+        )
+    measured.save(output)
+    print_profile(measured, output)
+
+
+def print_profile(measured: Profile, output: Path) -> None:
+    """What a profile says, in a few lines."""
+    record = measured.calibration
+    never = int(measured.never_routed.sum())
+    print_facts(
+        [
+            ("profile", output),
+            ("experts", f"{measured.n_experts} in each of {measured.n_layers} layers; {never} were never routed to"),
+            ("tokens", f"{record.get('tokens', 0):,} of {record.get('samples', 0):,} samples"),
+            ("skipped", f"{record['skipped']:,} samples: {', '.join(record['skipped_lines'][:3])}" if record.get("skipped") else None),
+            ("domains", ", ".join(measured.domains) or None),
+        ]
+    )
+
+
+def merge(
+    profiles: Annotated[list[Path], typer.Argument(metavar="A.json B.json...", help="Profiles of one model.")],
+    output: Output,
+) -> None:
+    """Add profiles of one model up, exactly."""
+    check_output(output)
+    merged = reap.merge(profiles)
+    merged.save(output)
+    print_profile(merged, output)
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="A profile.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="Another profile of the same model.")],
+    keep: Annotated[str, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep: 0.5 is half, 64 is 64.")] = "0.5",
+    metric: Metric = "reap",
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Say how far two profiles agree: rank correlation, and overlap of the experts they would keep."""
+    result = reap.compare(a, b, keep=parse_keep(keep), metric=metric, seed=seed)
+    if json:
+        return print_json(result.to_dict())
+    rows = [(layer.layer, number_text(layer.spearman), number_text(layer.overlap), number_text(layer.jaccard)) for layer in result.layers]
+    mean = ("mean", number_text(result.spearman), number_text(result.overlap), number_text(result.jaccard))
+    print_table(["layer", "rank correlation", f"overlap of {result.keep} kept", "Jaccard"], [*rows, mean])
+
+
+@with_engine_options(ctx_size=512)
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="Held-out text, at least one window long.")],
+    json: Json = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Measure a model's perplexity on a text, by llama-perplexity's rule."""
+    with progress_bar("evaluating") as progress:
+        result = reap.evaluate(model, text, progress=progress, **engine)
+    if json:
+        return print_json(result.to_dict())
+    print_facts(
+        [
+            ("perplexity", f"{result.perplexity:.4f} ± {number_text(result.stderr)}"),
+            ("tokens", f"{result.tokens:,} scored in {result.windows} windows of {result.ctx_size}"),
+            ("time", f"{result.seconds:.1f} s"),
+        ]
+    )
+
+
+def devices(json: Json = False) -> None:
+    """List the devices that can run a model."""
+    from reap.engine import devices as list_devices  # type: ignore[attr-defined]
+
+    found = [device.to_dict() for device in list_devices()]
+    if json:
+        return print_json(found)
+    if not found:
+        return say("no device but the processor")
+    rows = [(item["name"], item["description"], bytes_text(item["memory_free"]), bytes_text(item["memory_total"])) for item in found]
+    print_table(["device", "what it is", "free", "memory"], rows)
