@@ -1,8 +1,8 @@
 """Builds small GGUF models with the official `gguf` package, as random as they need to be; knows nothing of reap.
 
-    build_moe(path)                               a tiny Qwen3-MoE that llama.cpp loads: router, experts, attention, no tokenizer
-    build_moe(path, n_experts=8, dense_layers=(0,), biases=True, expert_type=GGMLQuantizationType.Q8_0, ...)
-    build_moe(path, architecture="deepseek2", keys={...}, extra={"blk.1.exp_probs_b.bias": array, ...})
+build_moe(path)                               a tiny Qwen3-MoE that llama.cpp loads: router, experts, attention, no tokenizer
+build_moe(path, n_experts=8, dense_layers=(0,), biases=True, expert_type=GGMLQuantizationType.Q8_0, ...)
+build_moe(path, architecture="deepseek2", keys={...}, extra={"blk.1.exp_probs_b.bias": array, ...})
 """
 
 from __future__ import annotations

@@ -37,12 +37,21 @@ KEEP_NAMES = """
     vis_gate.weight proj.weight ffn.act ffn_conv_proj.weight ple_key.weight
 """
 REFUSE = (
-    "ffn_gate_chexps.weight", "ffn_up_chexps.weight", "ffn_down_chexps.weight", "ffn_gate_tid2eid.weight",
-    "ffn_gate.0.weight", "ffn_up.12.weight", "ffn_down.7.weight",
+    "ffn_gate_chexps.weight",
+    "ffn_up_chexps.weight",
+    "ffn_down_chexps.weight",
+    "ffn_gate_tid2eid.weight",
+    "ffn_gate.0.weight",
+    "ffn_up.12.weight",
+    "ffn_down.7.weight",
 )
 UNKNOWN = (
-    "ffn_side_exps.weight", "ffn_exps.weight", "attn_exps.weight", "expert_router.weight",
-    "moe_gate.weight", "ffn_gate_exps.zero",
+    "ffn_side_exps.weight",
+    "ffn_exps.weight",
+    "attn_exps.weight",
+    "expert_router.weight",
+    "moe_gate.weight",
+    "ffn_gate_exps.zero",
 )
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from gguf_builder import build_moe, random_tensor
 from reap import pruner
+from reap.engine import EngineOptions, open_session
 from reap.errors import FormatError, MismatchError, OutputError, UnsupportedModelError, UsageError
 from reap.inspector import inspect
 from reap.planner import PrunePlan
@@ -506,3 +507,36 @@ def test_memory_stays_small_however_large_the_tensors_are(tmp_path: Path) -> Non
     tracemalloc.stop()
     assert array.nbytes == 32 << 20
     assert peak < 4 << 20
+
+
+# ---- what the engine makes of it
+
+
+def never_routed(removed: Mapping[int, Sequence[int]], rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
+    """Tensors with which a tiny model never routes to `removed`: a channel that is always large, and routers that shun it."""
+    embedding = rng.standard_normal((64, 32)).astype(np.float32)
+    embedding[:, 0] = 30
+    tensors = {"token_embd.weight": embedding}
+    for layer, ids in removed.items():
+        router = rng.standard_normal((8, 32)).astype(np.float32)
+        router[:, 0] = 0
+        router[list(ids), 0] = -100
+        tensors[f"blk.{layer}.ffn_gate_inp.weight"] = router
+    return tensors
+
+
+def test_the_engine_computes_the_same_when_only_unused_experts_are_gone(tmp_path: Path) -> None:
+    removed = {layer: [expert for expert in range(8) if expert not in ids] for layer, ids in KEPT.items()}
+    source = build_moe(tmp_path / "m.gguf", extra=never_routed(removed, np.random.default_rng(1)))
+    options = EngineOptions(ctx_size=64, type_k="f32", type_v="f32", flash_attn="off", threads=2)
+    tokens = np.arange(48, dtype=np.int32)
+    before = open_session(source, options).logits(tokens, 0)
+    output = pruned(source)
+    after = open_session(output, options).logits(tokens, 0)
+    np.testing.assert_allclose(after, before, atol=2e-6 * np.abs(before).max())
+    # a router in another order than its experts loads and runs as well: it has to be seen here
+    router = next(tensor for tensor in GGUFReader(output).tensors if tensor.name == "blk.0.ffn_gate_inp.weight")
+    with open(output, "r+b") as file:
+        file.seek(router.data_offset)
+        file.write(router.data[::-1].tobytes())
+    assert np.abs(open_session(output, options).logits(tokens, 0) - before).max() > 1e-3 * np.abs(before).max()

@@ -96,9 +96,7 @@ def prune(
     n_bytes = new_file.n_bytes
     removed = {layer: the_plan.removed(layer) for layer in kept}
     counts = (info.n_bytes, n_bytes, info.n_experts, the_plan.keep)
-    return PruneReport(
-        info.path, target, *counts, kept, removed, the_plan.metric, dry_run, time.perf_counter() - started, warnings
-    )
+    return PruneReport(info.path, target, *counts, kept, removed, the_plan.metric, dry_run, time.perf_counter() - started, warnings)
 
 
 def _check_options(name: str | None, verify: str) -> None:
@@ -275,9 +273,7 @@ class _Check:
         if layer is None:
             return [(tensor.offset_bytes, new.offset_bytes, tensor.n_bytes)]
         size = tensor.n_bytes // self.layout.n_experts
-        pairs = [
-            (tensor.offset_bytes + size * expert, new.offset_bytes + size * row, size) for row, expert in enumerate(self.kept[layer])
-        ]
+        pairs = [(tensor.offset_bytes + size * expert, new.offset_bytes + size * row, size) for row, expert in enumerate(self.kept[layer])]
         return pairs if self.verify == "full" else [pairs[0], pairs[-1]]
 
 
@@ -295,9 +291,7 @@ def _chunks(n_bytes: int, *, full: bool) -> Iterator[tuple[int, int]]:
 # ---- what a reader of the report should know
 
 
-def _warnings(
-    model: GGUFModel, info: ModelInfo, plan: PrunePlan, output: Path, new_file: NewFile, dry_run: bool
-) -> Iterator[str]:
+def _warnings(model: GGUFModel, info: ModelInfo, plan: PrunePlan, output: Path, new_file: NewFile, dry_run: bool) -> Iterator[str]:
     if plan.fingerprint is None:
         yield "the plan does not say which model it was made for; only layers and expert counts were compared"
     router = plan.model.get("router_fingerprint")

@@ -225,9 +225,26 @@ _NEVER_RENORMALISES = frozenset({"deepseek", "jamba", "llada-moe", "nomic-bert-m
 # there too: norm_w is the key expert_weights_norm, false where the key is missing
 _RENORMALISES_BY_KEY = frozenset(
     {
-        "afmoe", "bailingmoe", "bailingmoe2", "bailingmoe3", "cohere2moe", "deepseek2", "deepseek2-ocr",
-        "deepseek32", "dots1", "dots3note", "exaone-moe", "glm-dsa", "glm4moe", "glm5-next",
-        "hy_v3", "hy_v4", "kimi-k3", "laguna", "minimax-m3", "step35",
+        "afmoe",
+        "bailingmoe",
+        "bailingmoe2",
+        "bailingmoe3",
+        "cohere2moe",
+        "deepseek2",
+        "deepseek2-ocr",
+        "deepseek32",
+        "dots1",
+        "dots3note",
+        "exaone-moe",
+        "glm-dsa",
+        "glm4moe",
+        "glm5-next",
+        "hy_v3",
+        "hy_v4",
+        "kimi-k3",
+        "laguna",
+        "minimax-m3",
+        "step35",
     }
 )
 # of those, the ones whose gate is a softmax where expert_gating_func is missing

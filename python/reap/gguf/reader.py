@@ -205,9 +205,7 @@ class _Parser:
         """Step over `n_bytes` and return where they start."""
         start = self.position
         if n_bytes > self.size - start:
-            raise self.fail(
-                f"{what} needs {n_bytes:,} bytes at offset {start:,}, but the file ends at {self.size:,}"
-            )
+            raise self.fail(f"{what} needs {n_bytes:,} bytes at offset {start:,}, but the file ends at {self.size:,}")
         self.position = start + n_bytes
         return start
 
@@ -337,9 +335,7 @@ class _Parser:
         type_name, block_size, block_bytes = TENSOR_TYPES[type_id]
         row = shape[0] if shape else 1
         if row % block_size:
-            raise self.fail(
-                f"tensor {name!r} has rows of {row} elements, not a multiple of {type_name}'s {block_size}"
-            )
+            raise self.fail(f"tensor {name!r} has rows of {row} elements, not a multiple of {type_name}'s {block_size}")
         n_elements = 1
         for length in shape:
             n_elements *= length
@@ -447,9 +443,7 @@ class GGUFFile:
     def __enter__(self) -> GGUFFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -566,9 +560,7 @@ class GGUFModel:
     def __enter__(self) -> GGUFModel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
