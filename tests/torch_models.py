@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DeepseekV3Config,
@@ -35,14 +36,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they compute, and sums keep one order
 
 VOCAB = 320
 PRE = "qwen2"  # the name llama.cpp gives to the regular expression below
 # letters with one leading mark, single digits, punctuation with line ends, white space: the published pattern of Qwen2's tokenizer
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = ("<|endoftext|>", "<s>", "</s>", "[gMASK]", "<|user|>", "<|observation|>")
 TRAINING_TEXT = (
     "The router sends each token to a few experts, and the gate says how much of each answer is used.",
@@ -52,6 +53,10 @@ TRAINING_TEXT = (
     "¿Qué expertos se quedan? 誰が残りますか。 Les meilleurs, n'est-ce pas?",
 )
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
 NEVER_SELECTED = -50.0  # added to the selection score of one expert
 
 _SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -75,7 +80,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>"
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
     )
 
 
@@ -118,6 +123,7 @@ def _nemotron_h(layers: str, **changes: Any) -> NemotronHForCausalLM:
         mamba_head_dim=16,
         n_groups=2,
         chunk_size=16,
+        time_step_min=1e-6,  # transformers clamps the step of the state from below, llama.cpp does not: keep the clamp out of reach
         n_routed_experts=8,
         num_experts_per_tok=3,
         n_shared_experts=1,
@@ -272,7 +278,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(deepseek_v3, 12, n_groups=4),
     "mixtral": Family(mixtral, 2),
     "gpt_oss": Family(gpt_oss, 1),
-    "olmoe": Family(olmoe, 2),
+    "olmoe": Family(olmoe, 4),
     "glm4_moe": Family(glm4_moe, 4),
 }
 
@@ -290,9 +296,7 @@ def build(name: str, seed: int | None = None) -> PreTrainedModel:
 def samples(seed: int = 7) -> list[list[int]]:
     """Token lists of several lengths, no special tokens among them; one is longer than a batch of 64."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(len(SPECIAL), VOCAB, (length,), generator=generator).tolist() for length in (5, 48, 17, 90, 1, 32)
-    ]
+    return [torch.randint(len(SPECIAL), VOCAB, (length,), generator=generator).tolist() for length in (5, 48, 17, 90, 1, 32)]
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:

@@ -1,6 +1,6 @@
 """Run inside the child process of `reap.hf.converter`: prepares llama.cpp's converter, then hands over to it. Imports nothing of reap's.
 
-    python _converter_child.py --tree DIR [--pre NAME] [--trust-remote-code] -- ARGUMENTS OF THE CONVERTER
+python _converter_child.py --tree DIR [--pre NAME] [--trust-remote-code] -- ARGUMENTS OF THE CONVERTER
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import reap
 from reap.errors import EngineError, MissingExtraError, OutputError, UsageError
+from reap.gguf.writer import check_output
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 SOURCE_VARIABLE = "REAP_LLAMA_CPP_SOURCE"
@@ -39,6 +41,7 @@ def convert_checkpoint(
     pre: str | None = None,
     converter: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
+    force: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> Path:
     """Convert the checkpoint in `hf_dir` to the GGUF file `output`, which appears whole or not at all; returns its path.
@@ -48,26 +51,29 @@ def convert_checkpoint(
     tokenizers by a hash and refuses all others; with `pre` it takes your word for it, and the name's expression must be the
     tokenizer's own, or the file splits text differently from the checkpoint.
     `converter`: a llama.cpp source tree to take the converter from; default the environment's REAP_LLAMA_CPP_SOURCE, then the one
-    installed with reap. `trust_remote_code`: let Python code inside the checkpoint run. `log` receives the converter's lines.
+    installed with reap. `trust_remote_code`: let Python code inside the checkpoint run. `force`: replace an output that exists.
+    `log` receives the converter's lines.
 
     Raises UsageError for a directory, output or option that cannot work, MissingExtraError without torch, transformers or a
     converter, EngineError with the end of the converter's log when it fails.
     """
     source, target = Path(hf_dir), Path(output)
-    _check_call(source, target, outtype, pre)
+    _check_call(source, outtype, pre)
+    check_output(target, source.iterdir(), force=force)
     _check_extra()
     tree = find_converter(converter)
     # a name without the caller's characters: the converter fills in {templates} in names
-    part = target.parent / f".reap-convert-{os.getpid()}-{secrets.token_hex(4)}.gguf"
+    real = Path(os.path.realpath(target))
+    part = real.parent / f".reap-convert-{os.getpid()}-{secrets.token_hex(4)}.gguf"
     command = [sys.executable, str(Path(__file__).with_name("_converter_child.py")), "--tree", str(tree)]
     command += ["--pre", pre] if pre is not None else []
     command += ["--trust-remote-code"] if trust_remote_code else []
     command += ["--", str(source.resolve()), "--outfile", part.name, "--outtype", outtype]
     try:
-        status, lines = _run(command, target.parent, trust_remote_code, log)
+        status, lines = _run(command, real.parent, trust_remote_code, log)
         if status != 0 or not part.is_file():
             raise EngineError(f"{source}: llama.cpp's converter failed: {_quote(lines, status)}{_hint(lines)}")
-        _publish(part, target)
+        _publish(part, real)
     finally:
         part.unlink(missing_ok=True)
     return target
@@ -90,7 +96,7 @@ def find_converter(converter: str | os.PathLike[str] | None = None) -> Path:
     )
 
 
-def _check_call(source: Path, target: Path, outtype: str, pre: str | None) -> None:
+def _check_call(source: Path, outtype: str, pre: str | None) -> None:
     if outtype not in OUTTYPES:
         raise UsageError(f"outtype is {outtype!r} where one of {', '.join(OUTTYPES)} was expected")
     if pre is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", pre):
@@ -99,17 +105,6 @@ def _check_call(source: Path, target: Path, outtype: str, pre: str | None) -> No
         raise UsageError(f"{source}: no directory, where a Hugging Face checkpoint was expected")
     if not (source / "config.json").is_file():
         raise UsageError(f"{source}: no Hugging Face checkpoint, it has no config.json")
-    if not target.parent.is_dir():
-        raise UsageError(f"{target}: the directory {target.parent} does not exist")
-    if target.is_dir():
-        raise UsageError(f"{target}: a directory, where a file to write was expected")
-    if target.is_file() and _magic(target) not in (b"GGUF", b""):
-        raise UsageError(f"{target}: exists and is no GGUF file, so it is not overwritten")
-
-
-def _magic(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4)
 
 
 def _check_extra() -> None:
@@ -118,9 +113,7 @@ def _check_extra() -> None:
         raise MissingExtraError(f"converting a checkpoint needs {' and '.join(missing)}: pip install 'reap-moe[hf]'")
 
 
-def _run(
-    command: list[str], directory: Path, online: bool, log: Callable[[str], None] | None
-) -> tuple[int, deque[str]]:
+def _run(command: list[str], directory: Path, online: bool, log: Callable[[str], None] | None) -> tuple[int, deque[str]]:
     """Run the child to its end; its status and the last lines it wrote."""
     environment = {name: value for name, value in os.environ.items() if name != "NO_LOCAL_GGUF"}
     environment["PYTHONIOENCODING"] = "utf-8"
@@ -153,7 +146,8 @@ def _run(
 def _quote(lines: deque[str], status: int) -> str:
     said = [_LOG_PREFIX.sub("", line).strip() for line in lines]
     said = [line for line in said if line.strip("* ^~")]
-    return " / ".join(said[-_LINES_QUOTED:]) or f"exit status {status} and not a word"
+    end = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    return " / ".join([*said[-_LINES_QUOTED:], *([end] if status < 0 or not said else [])])
 
 
 def _hint(lines: deque[str]) -> str:
