@@ -69,9 +69,8 @@ def demo(
     work = _Files(out)
     _unpack(work)
     info = reap.inspect(work.model)
-    say(
-        f"A model of {bytes_text(info.n_bytes)}: {len(info.moe_layers)} layers of {info.n_experts} experts, {info.n_experts_used} of them for each token."
-    )
+    experts = f"{len(info.moe_layers)} layers of {info.n_experts} experts, of which a token uses {info.n_experts_used}"
+    say(f"A model of {bytes_text(info.n_bytes)}: {experts}.")
     say(f"\n$ reap profile {work.model} {work.calibration} -o {work.profile} -c 512")
     with progress_bar("profiling") as progress:
         profile = reap.profile(work.model, work.calibration, ctx_size=512, progress=progress)
