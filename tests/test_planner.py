@@ -287,7 +287,7 @@ def kept(value: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda d: d.__setitem__("keep", 0.5), "keep should be an integer, found the number 0.5"),
         (lambda d: d.__setitem__("metric", 1), "metric should be a string"),
         (lambda d: d["model"].__setitem__("n_groups", 2), r"keeps \[\d, \d\] experts in the router's 2 groups"),
-        (lambda d: d["calibration"].__setitem__("sha256", [1]), "sha256 should be a string"),
+        (lambda d: d["calibration"].__setitem__("sha256", [1]), r"sha256\[0\] should be a string"),
         (lambda d: d.__setitem__("format", "reap.profile"), "format should be 'reap.plan'"),
     ],
 )

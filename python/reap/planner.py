@@ -17,7 +17,7 @@ from reap.jsonfile import EXPERT_LIMIT, Node, read_json, write_json
 from reap.ranking import Keep as Keep
 from reap.ranking import check_keep, order_experts, select_experts, take
 from reap.ranking import resolve_keep as resolve_keep
-from reap.scores import Floats, Profile, check_format, check_model, layer_nodes
+from reap.scores import Floats, Profile, check_calibration, check_format, check_model, layer_nodes
 
 FORMAT = "reap.plan"
 VERSION = 1
@@ -98,9 +98,7 @@ class PrunePlan:
         n_groups = int(model.members().get("n_groups") or 1)
         layers = {layer: _load_kept(node["kept"], n_experts, keep, n_groups) for layer, node in layer_nodes(root["layers"]).items()}
         calibration = root["calibration"] if "calibration" in root else Node({}, root.where)
-        if "sha256" in calibration:
-            for digest in calibration["sha256"].entries():
-                Node(digest, calibration["sha256"].where).string()
+        check_calibration(calibration)
         options = root["options"].members() if "options" in root else {}
         return cls(model.members(), root["metric"].string(), keep, layers, calibration.members(), options)
 

@@ -28,6 +28,8 @@ _UNKNOWN_TO_REFERENCE = ("gated_norm_sq_sum", "norm_max")
 _REFERENCE_MEANS = {"gate_sum": "avg_gate_weight", "norm_sum": "ean_mean", "gated_norm_sum": "reap"}
 _LAYER_KEY = re.compile(r"0|[1-9][0-9]{0,5}", re.ASCII)
 _DERIVED_TOLERANCE = 1e-6
+MOST_TOKENS = 1 << 50  # so that sums of counts fit an int64, and a product with one a double
+_LARGEST_SUM = 1e200
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,14 +260,16 @@ def _check_shapes(profile: Profile, where: str) -> None:
 
 def _check_values(profile: Profile, where: str) -> None:
     counts = profile.counts
-    _refuse_where(counts < 0, profile, where, "has a negative count")
-    _refuse_where(np.broadcast_to(profile.total_tokens[:, None] < 0, counts.shape), profile, where, "has negative total_tokens")
+    _refuse_where((counts < 0) | (counts > MOST_TOKENS), profile, where, "has a count that cannot be")
+    if (profile.total_tokens < 0).any() or (profile.total_tokens > MOST_TOKENS).any():
+        raise FormatError(f"{where}: total_tokens of a layer cannot be {profile.total_tokens.min()} to {profile.total_tokens.max()}")
     for name in SUMS:
         values = getattr(profile, name)
         if not profile.trusted and name in _UNKNOWN_TO_REFERENCE:
             continue
         _refuse_where(~np.isfinite(values), profile, where, f"has a {name} that is not finite")
         _refuse_where(values < 0, profile, where, f"has a negative {name}")
+        _refuse_where(values > _LARGEST_SUM, profile, where, f"has a {name} above {_LARGEST_SUM:g}")
         _refuse_where((counts == 0) & (values != 0), profile, where, f"was never routed to, yet its {name} is not 0")
     if profile.trusted:
         _refuse_where(counts > profile.total_tokens[:, None], profile, where, "has a count above the layer's total_tokens")
@@ -304,6 +308,7 @@ def _load_own(root: Node) -> Profile:
     model = root["model"]
     n_experts = model["n_experts"].integer(1, EXPERT_LIMIT)
     check_model(model)
+    check_calibration(root["calibration"])
     records: dict[str, Any] = {name: root[name].members() for name in ("model", "calibration", "engine")}
     domains = root["domains"].items() if "domains" in root else ()
     parts = {
@@ -335,6 +340,17 @@ def check_model(model: Node) -> None:
         n_experts, n_groups = model["n_experts"].integer(), model["n_groups"].integer()
         if n_experts % n_groups:
             model.fail(f"has {n_experts} experts, which {n_groups} groups cannot share equally")
+
+
+def check_calibration(record: Node) -> None:
+    """FormatError where the fields of a file's "calibration" that reap reads have the wrong type; absent ones pass."""
+    for key in ("files", "sha256", "skipped_lines"):
+        if key in record:
+            for index in range(len(record[key].entries())):
+                record[key].entry(index).string()
+    for key in ("samples", "tokens", "counted_tokens", "windows", "skipped"):
+        if key in record:
+            record[key].integer(0, MOST_TOKENS)
 
 
 def layer_nodes(layers: Node) -> dict[int, Node]:
