@@ -344,7 +344,7 @@ def check_model(model: Node) -> None:
 
 def check_calibration(record: Node) -> None:
     """FormatError where the fields of a file's "calibration" that reap reads have the wrong type; absent ones pass."""
-    for key in ("files", "sha256", "skipped_lines"):
+    for key in ("files", "sha256", "skipped_lines", "failed_samples"):
         if key in record:
             for index in range(len(record[key].entries())):
                 record[key].entry(index).string()

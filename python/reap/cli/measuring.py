@@ -56,6 +56,7 @@ def profile(
 def print_profile(measured: Profile, output: Path) -> None:
     """What a profile says, in a few lines."""
     record = measured.calibration
+    failed = record.get("failed_samples") or []
     never = int(measured.never_routed.sum())
     print_facts(
         [
@@ -63,6 +64,7 @@ def print_profile(measured: Profile, output: Path) -> None:
             ("experts", f"{measured.n_experts} in each of {measured.n_layers} layers; {never} were never routed to"),
             ("tokens", f"{record.get('tokens', 0):,} of {record.get('samples', 0):,} samples"),
             ("skipped", f"{record['skipped']:,} samples: {', '.join(record['skipped_lines'][:3])}" if record.get("skipped") else None),
+            ("failed", f"{len(failed):,} samples: {'; '.join(failed[:3])}" if failed else None),
             ("domains", ", ".join(measured.domains) or None),
         ]
     )
