@@ -1,4 +1,5 @@
 // The only file that knows Python: casts, the GIL, the map of errors. No logic.
+#include "devices.h"
 #include "errors.h"
 #include "session.h"
 
@@ -69,11 +70,29 @@ py::dict sums(const Session & session, size_t group) {
     return result;
 }
 
+template <typename T>
+std::vector<T> from_numpy(const py::dict & arrays, const char * name) {
+    const auto array = py::cast<py::array_t<T, py::array::c_style | py::array::forcecast>>(arrays[name]);
+    return {array.data(), array.data() + array.size()};
+}
+
+void restore(Session & session, size_t group, const py::dict & arrays, int64_t n_units) {
+    reap::Sums sums;
+    sums.counts = from_numpy<int64_t>(arrays, "counts");
+    sums.gate = from_numpy<double>(arrays, "gate_sum");
+    sums.norm = from_numpy<double>(arrays, "norm_sum");
+    sums.gated_norm = from_numpy<double>(arrays, "gated_norm_sum");
+    sums.gated_norm_sq = from_numpy<double>(arrays, "gated_norm_sq_sum");
+    sums.norm_max = from_numpy<double>(arrays, "norm_max");
+    sums.total_tokens = from_numpy<int64_t>(arrays, "total_tokens");
+    session.restore(group, sums, n_units);
+}
+
 py::dict collector_stats(const Session & session) {
-    const reap::CollectorStats & stats = session.collector_stats();
+    const reap::CollectorStats & stats = session.collector().stats();
     py::dict result;
     result["seconds"] = stats.seconds;
-    result["bytes_read"] = static_cast<double>(stats.bytes_read);
+    result["bytes_read"] = static_cast<double>(session.collector().bytes_read());
     result["stops"] = static_cast<double>(stats.stops);
     result["batches"] = static_cast<double>(stats.batches);
     return result;
@@ -98,6 +117,28 @@ py::array_t<double> log_probs(Session & session, const Ids & tokens, size_t firs
 py::array_t<int32_t> tokenize(const Session & session, const py::bytes & text, bool add_special, bool parse_special) {
     const std::vector<int32_t> ids = session.tokenize(text, add_special, parse_special);
     return to_numpy(ids, {static_cast<py::ssize_t>(ids.size())});
+}
+
+py::list devices() {
+    reap::start_engine();
+    py::list result;
+    for (const reap::DeviceInfo & info : reap::list_devices()) {
+        py::dict device;
+        device["name"] = info.name;
+        device["description"] = info.description;
+        device["kind"] = info.kind;
+        device["buffer_type"] = info.buffer_type;
+        device["free_bytes"] = info.free_bytes;
+        device["total_bytes"] = info.total_bytes;
+        result.append(device);
+    }
+    return result;
+}
+
+void serve_rpc(const std::string & endpoint, int threads) {
+    reap::start_engine();
+    const py::gil_scoped_release released;
+    reap::serve_rpc(endpoint, threads);
 }
 
 void register_errors() {
@@ -126,6 +167,7 @@ PYBIND11_MODULE(_core, m) {
     py::class_<SessionOptions>(m, "SessionOptions")
         .def(py::init<>())
         .def_readwrite("model_path", &SessionOptions::model_path)
+        .def_readwrite("model_bytes", &SessionOptions::model_bytes)
         .def_readwrite("ctx_size", &SessionOptions::ctx_size)
         .def_readwrite("batch_size", &SessionOptions::batch_size)
         .def_readwrite("ubatch_size", &SessionOptions::ubatch_size)
@@ -139,7 +181,11 @@ PYBIND11_MODULE(_core, m) {
         .def_readwrite("type_v", &SessionOptions::type_v)
         .def_readwrite("flash_attn", &SessionOptions::flash_attn)
         .def_readwrite("use_mmap", &SessionOptions::use_mmap)
-        .def_readwrite("repack", &SessionOptions::repack);
+        .def_readwrite("repack", &SessionOptions::repack)
+        .def_readwrite("head_on_host", &SessionOptions::head_on_host);
+
+    m.def("devices", &devices);
+    m.def("serve_rpc", &serve_rpc, py::arg("endpoint"), py::arg("threads"));
 
     py::class_<Session>(m, "Session")
         .def(py::init<const SessionOptions &>(), py::arg("options"), py::call_guard<py::gil_scoped_release>())
@@ -165,7 +211,9 @@ PYBIND11_MODULE(_core, m) {
             },
             py::arg("layers"), py::arg("n_experts"))
         .def("profile_batch", &profile_batch, py::arg("tokens"), py::arg("positions"), py::arg("sequences"), py::arg("groups"))
-        .def("commit", &Session::commit)
+        .def("commit", &Session::commit, py::arg("n_units"))
+        .def("restore", &restore, py::arg("group"), py::arg("sums"), py::arg("n_units"))
+        .def_property_readonly("units", &Session::units)
         .def("discard", &Session::discard)
         .def_property_readonly("n_groups", [](const Session & session) { return session.saliency().n_groups(); })
         .def("sums", &sums, py::arg("group"))

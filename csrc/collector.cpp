@@ -1,7 +1,6 @@
 #include "collector.h"
 
 #include "errors.h"
-#include "tensor_read.h"
 
 #include <algorithm>
 #include <chrono>
@@ -121,10 +120,10 @@ bool Collector::on_stop(ggml_tensor * node) {
     const LayerPlan & plan = plans_.at(name.layer);
     LayerState & state = states_[name.layer];
     if (name.role == Role::Ids) {
-        read_i32(node, state.ids, stats_.bytes_read);
+        reader_.read_i32(node, state.ids);
         state.have_ids = true;
     } else if (name.role == Role::Weights) {
-        read_f32(node, state.gates, stats_.bytes_read);
+        reader_.read_f32(node, state.gates);
         state.have_weights = true;
     } else {
         try {
@@ -146,15 +145,15 @@ void Collector::gather(const LayerPlan & plan, LayerState & state, const ggml_te
             throw EngineError(std::string("the operation ") + ggml_op_name(output->op) + " of " + output->name +
                               " does not say which experts it used");
         }
-        read_i32(ids, state.ids, stats_.bytes_read);
+        reader_.read_i32(ids, state.ids);
     }
     if (!state.have_weights) {
         if (state.weights == nullptr) {
             throw EngineError("no gate was computed before " + std::string(output->name));
         }
-        read_f32(state.weights, state.gates, stats_.bytes_read);
+        reader_.read_f32(state.weights, state.gates);
     }
-    read_row_norms(output, n_threads_, norms_, stats_.bytes_read);
+    reader_.read_row_norms(output, norms_);
     const size_t n_used = static_cast<size_t>(output->ne[1]);
     const size_t n_tokens = static_cast<size_t>(output->ne[2]);
     if (state.ids.size() != norms_.size() || state.gates.size() != norms_.size()) {
@@ -216,6 +215,7 @@ void Collector::end_survey(const std::vector<int> & layers, size_t n_experts) {
         plans_[layers[row]].row = row;
     }
     saliency_ = std::make_unique<Saliency>(layers.size(), n_experts);
+    units_ = 0;
     seen_.clear();
 }
 
@@ -322,10 +322,19 @@ void Collector::end_batch() {
     stats_.batches += 1;
 }
 
-void Collector::commit() {
+void Collector::commit(int64_t n_units) {
     if (saliency_) {
         saliency_->commit();
+        units_ += n_units;
     }
+}
+
+void Collector::restore(size_t group, const Sums & sums, int64_t n_units) {
+    if (!saliency_) {
+        throw EngineError("the collector was not started");
+    }
+    saliency_->restore(group, sums);
+    units_ = n_units;
 }
 
 void Collector::discard() noexcept {

@@ -9,6 +9,7 @@
 #include "ggml.h"
 #include "moe_graph.h"
 #include "saliency.h"
+#include "tensor_read.h"
 
 #include <cstdint>
 #include <exception>
@@ -22,7 +23,6 @@ namespace reap {
 
 struct CollectorStats {
     double  seconds = 0.0;     // inside the callback, reading and adding
-    size_t  bytes_read = 0;    // from buffers that are not host memory
     int64_t stops = 0;
     int64_t batches = 0;
 };
@@ -34,7 +34,7 @@ class Collector {
 
     // Asked at each stop; true ends the batch with Interrupted.
     void set_poll(std::function<bool()> poll) { poll_ = std::move(poll); }
-    void set_threads(int n_threads) { n_threads_ = n_threads; }
+    void set_threads(int n_threads) { reader_.set_threads(n_threads); }
 
     // The survey: begin, decode a few tokens, end. `layers` are the MoE layers that the model's file has, ascending.
     void begin_survey();
@@ -44,14 +44,18 @@ class Collector {
     // commit or discard.
     void begin_batch(const int32_t * groups, size_t n_tokens);
     void end_batch();
-    void commit();
+    // `n_units` says how many samples of the caller's that completes, counted in the same step so that no signal can part the two.
+    void commit(int64_t n_units);
     void discard() noexcept;
+    void restore(size_t group, const Sums & sums, int64_t n_units);
+    int64_t units() const { return units_; }
 
     // Rethrows what went wrong inside the callback, if anything did.
     void rethrow();
 
     const Saliency & saliency() const;
     const CollectorStats & stats() const { return stats_; }
+    size_t bytes_read() const { return reader_.bytes_read(); }
 
   private:
     enum class Mode { Idle, Survey, Collect };
@@ -103,11 +107,12 @@ class Collector {
     bool                      abandoned_ = false;  // so has the whole batch: an error or an interruption
     std::exception_ptr        error_;
     std::function<bool()>     poll_;
-    int                       n_threads_ = 1;
+    TensorReader              reader_;
     const int32_t *           groups_ = nullptr;
     size_t                    n_tokens_ = 0;
     std::vector<double>       norms_;
     std::unique_ptr<Saliency> saliency_;
+    int64_t                   units_ = 0;
     CollectorStats            stats_;
 };
 

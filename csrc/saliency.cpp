@@ -99,6 +99,20 @@ void Saliency::commit() {
     discard();
 }
 
+void Saliency::restore(size_t group, const Sums & sums) {
+    const size_t n = n_layers_ * n_experts_;
+    for (const auto * values : {&sums.gate, &sums.norm, &sums.gated_norm, &sums.gated_norm_sq, &sums.norm_max}) {
+        if (values->size() != n) {
+            throw UsageError("the sums to go on from are of another model");
+        }
+    }
+    if (sums.counts.size() != n || sums.total_tokens.size() != n_layers_) {
+        throw UsageError("the counts to go on from are of another model");
+    }
+    reserve_groups(group + 1);
+    total_[group] = sums;
+}
+
 void Saliency::discard() {
     for (size_t group = 0; group < total_.size(); ++group) {
         for (size_t layer = 0; layer < n_layers_; ++layer) {

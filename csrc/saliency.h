@@ -39,12 +39,14 @@ class Saliency {
     // Makes room for at least `n_groups` groups.
     void reserve_groups(size_t n_groups);
 
-    // Adds one layer's routings to the sample under way. groups[t] is the group of token t, or NOT_COUNTED.
+    // Adds one layer's routings to what waits for commit(). groups[t] is the group of token t, or NOT_COUNTED.
     // Throws EngineError for a routing outside the experts or a value that is not finite.
     void add(size_t layer, const Routing & routing, const int32_t * groups);
 
-    void commit();   // the sample succeeded: add it to the totals
-    void discard();  // the sample failed: forget it
+    void commit();   // what was added succeeded: it joins the totals
+    void discard();  // it failed: forget it
+    // Takes the totals of a group from an earlier run. Throws UsageError where the arrays have another size.
+    void restore(size_t group, const Sums & sums);
 
     const Sums & sums(size_t group) const { return total_.at(group); }
     size_t n_layers() const { return n_layers_; }

@@ -1,7 +1,9 @@
 #include "session.h"
 
+#include "devices.h"
 #include "errors.h"
 #include "log_sink.h"
+#include "memory_guard.h"
 
 #include "ggml-backend.h"
 
@@ -15,14 +17,6 @@
 namespace reap {
 
 namespace {
-
-void start_engine() {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        install_log_sink();
-        llama_backend_init();
-    });
-}
 
 std::string with_log(const std::string & message) {
     const std::string tail = log_tail();
@@ -51,25 +45,6 @@ llama_flash_attn_type flash_attention(const std::string & name) {
         throw UsageError("flash attention is 'auto', 'on' or 'off', not '" + name + "'");
     }
     return found->second;
-}
-
-void add_rpc_servers(const std::vector<std::string> & endpoints) {
-    if (endpoints.empty()) {
-        return;
-    }
-    const ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
-    using AddServer = ggml_backend_reg_t (*)(const char *);
-    const auto add = rpc ? reinterpret_cast<AddServer>(ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server")) : nullptr;
-    if (add == nullptr) {
-        throw UsageError("this build of the engine has no RPC backend");
-    }
-    for (const auto & endpoint : endpoints) {
-        const ggml_backend_reg_t server = add(endpoint.c_str());
-        if (server == nullptr) {
-            throw EngineError(with_log("no device at the RPC server " + endpoint));
-        }
-        ggml_backend_register(server);
-    }
 }
 
 std::vector<ggml_backend_dev_t> find_devices(const std::vector<std::string> & names) {
@@ -116,6 +91,14 @@ double log_prob(const float * logits, int n_vocab, int token) {
 
 }  // namespace
 
+void start_engine() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        install_log_sink();
+        llama_backend_init();
+    });
+}
+
 Session::Session(const SessionOptions & options) : options_(options) {
     start_engine();
     clear_log();
@@ -130,9 +113,20 @@ void Session::resolve_options() {
     if (o.ctx_size <= 0) {
         o.ctx_size = n_ctx_train();
     }
-    o.n_sequences = std::max(1, o.n_sequences);
-    o.ubatch_size = std::clamp(o.ubatch_size, 1, o.ctx_size * o.n_sequences);
+    // a recurrent state is kept per sequence and its batches are cut into equal parts; diffusion models see the whole batch at once
+    const bool diffusion = llama_model_is_diffusion(model_.get());
+    const bool recurrent = llama_model_is_recurrent(model_.get()) || llama_model_is_hybrid(model_.get());
+    o.n_sequences = diffusion || recurrent ? 1 : std::clamp(o.n_sequences, 1, static_cast<int>(llama_max_parallel_sequences()));
+    if (diffusion) {
+        o.ubatch_size = o.batch_size = o.ctx_size;
+    }
+    if (o.n_sequences == 1) {
+        o.ubatch_size = std::min(o.ubatch_size, o.ctx_size);
+    }
+    o.ubatch_size = std::max(1, o.ubatch_size);
     o.batch_size = std::max(o.batch_size, o.ubatch_size);
+    // llama_context asserts that its outputs hold a token of every sequence
+    o.n_sequences = std::min(o.n_sequences, o.ubatch_size);
     if (o.threads <= 0) {
         o.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
     }
@@ -149,11 +143,16 @@ void Session::load_model() {
     for (const auto & [pattern, type] : options_.override_tensors) {
         overrides.push_back({pattern.c_str(), find_buffer_type(type)});
     }
+    if (options_.head_on_host) {
+        const ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        overrides.push_back({"^(output|token_embd)", ggml_backend_dev_buffer_type(cpu)});
+    }
     overrides.push_back({nullptr, nullptr});
     params.tensor_buft_overrides = overrides.data();
     params.n_gpu_layers = options_.gpu_layers;
     params.load_mode = options_.use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
     params.use_extra_bufts = options_.repack;
+    const MemoryGuard guard(options_.model_bytes);
     model_.reset(llama_model_load_from_file(options_.model_path.c_str(), params));
     if (!model_) {
         throw EngineError(with_log(options_.model_path + ": the engine cannot load this model"));
@@ -166,7 +165,8 @@ void Session::load_model() {
 
 void Session::create_context() {
     llama_context_params params = llama_context_default_params();
-    params.n_ctx = static_cast<uint32_t>(options_.ctx_size) * static_cast<uint32_t>(options_.n_sequences);
+    // sequences that share a batch share the cache as well: one long window, or one batch of short ones
+    params.n_ctx = static_cast<uint32_t>(options_.n_sequences > 1 ? std::max(options_.ctx_size, options_.batch_size) : options_.ctx_size);
     params.n_batch = static_cast<uint32_t>(options_.batch_size);
     params.n_ubatch = static_cast<uint32_t>(options_.ubatch_size);
     params.n_seq_max = static_cast<uint32_t>(options_.n_sequences);
@@ -178,6 +178,7 @@ void Session::create_context() {
     params.cb_eval = Collector::callback;
     params.cb_eval_user_data = &collector_;
     params.no_perf = true;
+    const MemoryGuard guard;
     context_.reset(llama_init_from_model(model_.get(), params));
     if (!context_) {
         throw EngineError(with_log(options_.model_path + ": the engine cannot make a context of " + std::to_string(params.n_ctx) +
@@ -234,7 +235,7 @@ std::string Session::token_text(int token) const {
 }
 
 void Session::forget() {
-    llama_memory_clear(llama_get_memory(context_.get()), true);
+    llama_memory_clear(llama_get_memory(context_.get()), false);
 }
 
 void Session::check_tokens(const int32_t * tokens, size_t n_tokens) const {
@@ -293,10 +294,8 @@ void Session::check_batch(const TokenBatch & batch, const int32_t * groups) cons
 void Session::profile_batch(const TokenBatch & batch, const int32_t * groups) {
     try {
         check_batch(batch, groups);
-        for (size_t i = 0; i < batch.n_tokens; ++i) {
-            if (batch.positions[i] == 0) {
-                llama_memory_seq_rm(llama_get_memory(context_.get()), batch.sequences[i], -1, -1);
-            }
+        if (batch.positions[0] == 0) {
+            forget();
         }
         // every token's logits are asked for, or the last layer would see one token: most graphs drop the others before it
         const std::vector<int8_t> wanted(batch.n_tokens, 1);

@@ -17,10 +17,11 @@ namespace reap {
 
 struct SessionOptions {
     std::string model_path;
+    uint64_t    model_bytes = 0;  // of its files, which are mapped
     int  ctx_size = 2048;  // tokens of one sequence
     int  batch_size = 0;   // tokens of one decode; 0: ubatch_size
     int  ubatch_size = 512;
-    int  n_sequences = 1;
+    int  n_sequences = 1;  // that may share a batch; 1 where the model does not allow it
     int  threads = 0;  // 0: the cores that this process may use
     int  gpu_layers = -1;
     std::vector<std::string> devices;
@@ -31,6 +32,8 @@ struct SessionOptions {
     std::string flash_attn = "auto";
     bool use_mmap = true;
     bool repack = true;
+    // the output head stays in host memory: a profile stops before it, and its logits would be read back from the device all the same
+    bool head_on_host = false;
 };
 
 // One batch: arrays [n_tokens].
@@ -40,6 +43,9 @@ struct TokenBatch {
     const int32_t * sequences;
     size_t          n_tokens;
 };
+
+// Starts llama.cpp and takes over its log, once per process.
+void start_engine();
 
 class Session {
   public:
@@ -70,10 +76,12 @@ class Session {
     // groups[t]: where token t is counted, Saliency::NOT_COUNTED for nowhere. What is counted waits for commit(); where a batch
     // fails, all that waits is discarded.
     void profile_batch(const TokenBatch & batch, const int32_t * groups);
-    void commit() { collector_.commit(); }
+    void commit(int64_t n_units) { collector_.commit(n_units); }
+    void restore(size_t group, const Sums & sums, int64_t n_units) { collector_.restore(group, sums, n_units); }
+    int64_t units() const { return collector_.units(); }
     void discard();
     const Saliency & saliency() const { return collector_.saliency(); }
-    const CollectorStats & collector_stats() const { return collector_.stats(); }
+    const Collector & collector() const { return collector_; }
 
     // Logits [n - first][n_vocab] of the positions from `first` on, in a fresh context.
     std::vector<float> logits(const std::vector<int32_t> & tokens, size_t first);

@@ -71,48 +71,106 @@ double sum_of_squares(const float * x, size_t n) {
     return sum;
 }
 
-void read_i32(const ggml_tensor * t, std::vector<int32_t> & values, size_t & bytes_read) {
+TensorReader::Device::Device(ggml_backend_dev_t device)
+    : backend(ggml_backend_dev_init(device, nullptr), ggml_backend_free),
+      allocator(ggml_gallocr_new(ggml_backend_dev_buffer_type(device)), ggml_gallocr_free) {
+    if (!backend || !allocator) {
+        throw EngineError(std::string("the engine cannot open the device ") + ggml_backend_dev_name(device) + " a second time");
+    }
+}
+
+// Runs build(source) on the device that holds `source` and reads its result. False where that device cannot.
+bool TensorReader::compute_on_device(const ggml_tensor * source, Build build, void * result, size_t result_bytes) {
+    const ggml_backend_buffer_t buffer = buffer_of(source);
+    const ggml_backend_dev_t id = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
+    if (id == nullptr) {
+        return false;
+    }
+    constexpr size_t MAX_NODES = 8;
+    const ggml_init_params params = {MAX_NODES * ggml_tensor_overhead() + ggml_graph_overhead_custom(MAX_NODES, false), nullptr, true};
+    const std::unique_ptr<ggml_context, void (*)(ggml_context *)> context(ggml_init(params), ggml_free);
+    // a leaf over the same memory: the source itself would bring the whole graph that computed it
+    ggml_tensor * leaf = ggml_new_tensor(context.get(), source->type, GGML_MAX_DIMS, source->ne);
+    std::copy_n(source->nb, GGML_MAX_DIMS, leaf->nb);
+    if (ggml_backend_tensor_alloc(buffer, leaf, source->data) != GGML_STATUS_SUCCESS) {
+        return false;
+    }
+    ggml_tensor * output = build(context.get(), leaf);
+    ggml_cgraph * graph = ggml_new_graph_custom(context.get(), MAX_NODES, false);
+    ggml_build_forward_expand(graph, output);
+    Device & device = devices_.try_emplace(id, id).first->second;
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        if (!ggml_backend_supports_op(device.backend.get(), ggml_graph_node(graph, i))) {
+            return false;
+        }
+    }
+    if (!ggml_gallocr_alloc_graph(device.allocator.get(), graph)) {
+        return false;
+    }
+    if (ggml_backend_graph_compute(device.backend.get(), graph) != GGML_STATUS_SUCCESS || ggml_nbytes(output) != result_bytes) {
+        throw EngineError(describe(source) + " could not be read from the device " + ggml_backend_dev_name(id));
+    }
+    ggml_backend_tensor_get(output, result, 0, result_bytes);
+    bytes_read_ += result_bytes;
+    return true;
+}
+
+void TensorReader::read_i32(const ggml_tensor * t, std::vector<int32_t> & values) {
     require(t->type == GGML_TYPE_I32 && t->nb[0] == sizeof(int32_t) && t->ne[2] == 1 && t->ne[3] == 1, t, "a matrix of 32-bit ids");
     const size_t n_row = static_cast<size_t>(t->ne[0]);
     const size_t n_rows = static_cast<size_t>(t->ne[1]);
+    const size_t row_bytes = n_row * sizeof(int32_t);
     values.resize(n_row * n_rows);
     if (on_host(t)) {
         for (size_t r = 0; r < n_rows; ++r) {
             const auto * row = reinterpret_cast<const int32_t *>(static_cast<const char *>(t->data) + r * t->nb[1]);
             std::copy_n(row, n_row, values.begin() + r * n_row);
         }
-    } else {
-        const size_t row_bytes = n_row * sizeof(int32_t);
-        ggml_backend_tensor_get_2d(t, values.data(), 0, row_bytes, n_rows, t->nb[1], row_bytes);
-        bytes_read += values.size() * sizeof(int32_t);
+        return;
     }
+    const auto pack = [](ggml_context * context, ggml_tensor * rows) { return ggml_cont(context, rows); };
+    if (ggml_is_contiguous(t)) {
+        ggml_backend_tensor_get(t, values.data(), 0, n_rows * row_bytes);
+    } else if (compute_on_device(t, pack, values.data(), n_rows * row_bytes)) {
+        return;
+    } else {
+        ggml_backend_tensor_get_2d(t, values.data(), 0, row_bytes, n_rows, t->nb[1], row_bytes);
+    }
+    bytes_read_ += n_rows * row_bytes;
 }
 
-void read_f32(const ggml_tensor * t, std::vector<float> & values, size_t & bytes_read) {
+void TensorReader::read_f32(const ggml_tensor * t, std::vector<float> & values) {
     require(t->type == GGML_TYPE_F32 && ggml_is_contiguous(t), t, "contiguous 32-bit floats");
     values.resize(static_cast<size_t>(ggml_nelements(t)));
     if (on_host(t)) {
         std::copy_n(static_cast<const float *>(t->data), values.size(), values.begin());
     } else {
         ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
-        bytes_read += ggml_nbytes(t);
+        bytes_read_ += ggml_nbytes(t);
     }
 }
 
-void read_row_norms(const ggml_tensor * t, int n_threads, std::vector<double> & norms, size_t & bytes_read) {
+void TensorReader::read_row_norms(const ggml_tensor * t, std::vector<double> & norms) {
     require(t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1, t, "rows of 32-bit floats");
     const size_t n_row = static_cast<size_t>(t->ne[0]);
     const size_t n1 = static_cast<size_t>(t->ne[1]);
     const size_t n_rows = n1 * static_cast<size_t>(t->ne[2]);
     norms.resize(n_rows);
 
-    std::vector<float> copy;
     const char * base = static_cast<const char *>(t->data);
     size_t nb1 = t->nb[1];
     size_t nb2 = t->nb[2];
     if (!on_host(t)) {
-        read_f32(t, copy, bytes_read);
-        base = reinterpret_cast<const char *>(copy.data());
+        floats_.resize(n_rows);
+        const auto norm = [](ggml_context * context, ggml_tensor * rows) {
+            return ggml_sqrt(context, ggml_sum_rows(context, ggml_sqr(context, rows)));
+        };
+        if (compute_on_device(t, norm, floats_.data(), n_rows * sizeof(float))) {
+            std::copy(floats_.begin(), floats_.end(), norms.begin());
+            return;
+        }
+        read_f32(t, floats_);
+        base = reinterpret_cast<const char *>(floats_.data());
         nb1 = n_row * sizeof(float);
         nb2 = n1 * nb1;
     }
@@ -123,7 +181,7 @@ void read_row_norms(const ggml_tensor * t, int n_threads, std::vector<double> & 
         }
     };
     const size_t wanted = std::max<size_t>(1, n_rows * n_row / VALUES_PER_THREAD);
-    const size_t workers = std::min<size_t>(wanted, static_cast<size_t>(std::max(1, n_threads)));
+    const size_t workers = std::min<size_t>(wanted, static_cast<size_t>(std::max(1, n_threads_)));
     std::vector<std::thread> threads;
     for (size_t w = 1; w < workers; ++w) {
         threads.emplace_back(norms_of, n_rows * w / workers, n_rows * (w + 1) / workers);

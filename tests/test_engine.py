@@ -37,7 +37,7 @@ def test_every_layer_sees_every_token(model: Path) -> None:
     session = open_session(model, EXACT)
     session.start_profile([0, 1, 2], 8)
     profile_batch(session, TOKENS)
-    session.commit()
+    session.commit(1)
     sums = session.sums(0)
     assert sums["total_tokens"].tolist() == [60, 60, 60]
     assert sums["counts"].sum(axis=1).tolist() == [180, 180, 180]
@@ -55,7 +55,7 @@ def test_ubatches_do_not_change_the_sums(model: Path, batch: int, ubatch: int) -
         session.start_profile([0, 1, 2], 8)
         for start in range(0, 60, batch):
             profile_batch(session, TOKENS[start : start + batch], start)
-        session.commit()
+        session.commit(1)
         return session.sums(0)
 
     whole, parts = sums_of(64, 64), sums_of(batch, ubatch)
@@ -69,7 +69,7 @@ def test_groups_and_tokens_not_counted(model: Path) -> None:
     groups = np.where(np.arange(60) < 20, 0, np.where(np.arange(60) < 50, 2, -1)).astype(np.int32)
     positions = np.arange(60, dtype=np.int32)
     session.profile_batch(TOKENS, positions, np.zeros(60, np.int32), groups)
-    session.commit()
+    session.commit(1)
     assert session.n_groups == 3
     assert [int(session.sums(group)["total_tokens"][0]) for group in range(3)] == [20, 0, 30]
 
@@ -78,11 +78,11 @@ def test_a_discarded_sample_leaves_nothing(model: Path) -> None:
     session = open_session(model, EXACT)
     session.start_profile([0, 1, 2], 8)
     profile_batch(session, TOKENS[:20])
-    session.commit()
+    session.commit(1)
     before = session.sums(0)
     profile_batch(session, TOKENS[20:40])
     session.discard()
-    session.commit()
+    session.commit(1)
     after = session.sums(0)
     assert all((before[name] == after[name]).all() for name in before)
     with pytest.raises(UsageError, match="token id 64 is outside the vocabulary of 64"):

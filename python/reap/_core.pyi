@@ -1,14 +1,23 @@
 """The native core: llama.cpp with a collector in its graph. Import it through `reap._native` only."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 __llama_cpp_commit__: str
 
+def devices() -> list[dict[str, Any]]:
+    """name, description, kind ("cpu", "gpu", "igpu", "accel"), buffer_type: str; free_bytes, total_bytes: int."""
+
+def serve_rpc(endpoint: str, threads: int) -> None:
+    """Serve this machine's devices over llama.cpp's RPC protocol; returns only where that fails at once."""
+
 class SessionOptions:
     """What a `Session` is opened with; every field has the engine's own default where 0 or an empty value allows it."""
 
     model_path: str
+    model_bytes: int  # of its files, which are mapped; 0 where nobody counted
     ctx_size: int  # tokens of one sequence; 0: the model's own
     batch_size: int  # tokens of one decode; n_batch = n_ubatch unless set apart
     ubatch_size: int
@@ -23,6 +32,7 @@ class SessionOptions:
     flash_attn: str  # "auto", "on" or "off"
     use_mmap: bool
     repack: bool  # let the CPU backend rearrange weights (AMX and others)
+    head_on_host: bool  # keep the output head in host memory: a profile stops before it
     def __init__(self) -> None: ...
 
 class Session:
@@ -73,11 +83,19 @@ class Session:
         """Run one batch (all arrays int32 [n_tokens]) up to the last MoE layer; its saliency waits for `commit`.
 
         `groups[i]` >= 0 is the group (domain) that token i is counted in, -1 for a token that is not counted. Where a batch fails,
-        all that waits is discarded. Position 0 of a sequence clears what the context remembers of it.
+        all that waits is discarded. A batch that begins at position 0 begins anew: the context forgets all
+        sequences.
         """
 
-    def commit(self) -> None:
-        """Add what waits to the sums: a sample is counted whole or not at all."""
+    def commit(self, n_units: int) -> None:
+        """Add what waits to the sums and `n_units` to `units`, in one step that no signal can part."""
+
+    def restore(self, group: int, sums: dict[str, NDArray[np.float64] | NDArray[np.int64]], n_units: int) -> None:
+        """Go on from the sums of an earlier run, as `sums` gave them, and from its `units`."""
+
+    @property
+    def units(self) -> int:
+        """Samples committed so far, as the caller counted them."""
 
     def discard(self) -> None:
         """Forget what waits, and what the context remembers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +48,7 @@ class Window:
     tokens   int32 [n_tokens]
     counted  bool [n_tokens]: whether the token enters the statistics
     sample   number of the sample among those used, from 0; a long sample has several windows, in order
+    unit     number of what is counted whole or not at all, from 0: a sample, or one window of a text file
     where    file and line, for errors
     """
 
@@ -55,6 +56,7 @@ class Window:
     counted: NDArray[np.bool_]
     domain: str | None
     sample: int
+    unit: int
     line: int
     where: str
 
@@ -103,8 +105,14 @@ class Calibration:
         self.counted_tokens = 0
         self.n_windows = 0
         self.skipped = 0
+        self._units = 0
         self._skipped_lines: list[str] = []
         self._domains: set[str] = set()
+
+    @property
+    def paths(self) -> list[str]:
+        """The files to read, "-" for standard input; [] where the source is Python objects."""
+        return self._reader.paths
 
     def windows(self, tokenizer: Tokenizer) -> Iterator[Window]:
         """The windows of all samples, in order.
@@ -147,6 +155,7 @@ class Calibration:
             self._skip(first, "no tokens" if not ids else "no response to count" if not any(counted) else "no text")
         elif ids:
             yield self._window(first, number, ids, counted)
+        self._units += not first.is_file
 
     def _has_content(self, part: Sample, ids: Sequence[int], counted: Sequence[bool]) -> bool:
         return bool(ids) and any(counted) and part.text != ""  # an empty text may still have its BOS
@@ -156,12 +165,15 @@ class Calibration:
             self._domains.add(sample.domain)
             if len(self._domains) > DOMAINS_LIMIT:
                 raise CalibrationError(f"{sample.where}: more than {DOMAINS_LIMIT} domains; each keeps statistics of its own")
-        return Window(np.array(ids, dtype=np.int32), np.array(counted, dtype=np.bool_), sample.domain, number, sample.line, sample.where)
+        unit = self._units
+        self._units += sample.is_file
+        tokens, mask = np.array(ids, dtype=np.int32), np.array(counted, dtype=np.bool_)
+        return Window(tokens, mask, sample.domain, number, unit, sample.line, sample.where)
 
     def _limited(self, windows: Iterator[Window]) -> Iterator[Window]:
         for window in windows:
             room = len(window.tokens) if self.max_tokens is None else self.max_tokens - self.tokens
-            cut = Window(window.tokens[:room], window.counted[:room], window.domain, window.sample, window.line, window.where)
+            cut = replace(window, tokens=window.tokens[:room], counted=window.counted[:room])
             self.tokens += len(cut.tokens)
             self.counted_tokens += int(cut.counted.sum())
             self.n_windows += 1

@@ -6,6 +6,7 @@ What can be checked is checked here, before llama.cpp sees it: it aborts the pro
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reap import _native
-from reap.errors import UsageError
+from reap.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from reap import _core
@@ -67,14 +68,20 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def open_session(path: str | os.PathLike[str], options: EngineOptions, *, n_sequences: int = 1) -> _core.Session:
+def open_session(
+    path: str | os.PathLike[str], options: EngineOptions, *, n_sequences: int = 1, n_bytes: int | None = None, head_on_host: bool = False
+) -> _core.Session:
     """Load a model into the engine.
+
+    n_sequences: how many may share a batch, fewer where the model does not allow it. n_bytes: of the model's files (None: of `path`).
+    head_on_host: leave the output head out of the devices, for a session that never reaches it.
 
     Raises EngineError with the end of the engine's log, UsageError for an option that cannot work, NativeModuleMissing.
     """
     core = _native.load()
     native = core.SessionOptions()
     native.model_path = os.fspath(path)
+    native.model_bytes = n_bytes if n_bytes is not None else os.stat(path).st_size
     native.ctx_size = options.ctx_size
     native.batch_size = options.batch_size or 0
     native.ubatch_size = options.ubatch_size
@@ -87,7 +94,21 @@ def open_session(path: str | os.PathLike[str], options: EngineOptions, *, n_sequ
     native.type_k = options.type_k
     native.type_v = options.type_v
     native.flash_attn = options.flash_attn
+    native.head_on_host = head_on_host
+    check_servers(options.rpc)
     return core.Session(native)
+
+
+def check_servers(endpoints: Sequence[str], timeout_seconds: float = 5.0) -> None:
+    """Make sure that something answers at each "host:port": the engine ends the process where it cannot connect."""
+    for endpoint in endpoints:
+        host, _, port = endpoint.rpartition(":")
+        if not host or not port.isdigit():
+            raise UsageError(f"rpc server {endpoint!r} is not of the form host:port")
+        try:
+            socket.create_connection((host, int(port)), timeout=timeout_seconds).close()
+        except (OSError, OverflowError) as error:
+            raise EngineError(f"nothing answers at the RPC server {endpoint} ({error})") from error
 
 
 class SessionTokenizer:

@@ -75,7 +75,7 @@ def evaluate(
     if ctx_size < 4:
         raise UsageError(f"ctx_size is {ctx_size}, expected at least 4 tokens in a window")
     started = time.perf_counter()
-    inspect(model)  # what can be checked is checked before the engine sees the file
+    info = inspect(model)  # what can be checked is checked before the engine sees the file
     options = EngineOptions(
         ctx_size=ctx_size,
         batch_size=batch_size,
@@ -90,7 +90,7 @@ def evaluate(
         flash_attn=flash_attn,
     )
     content = read_text(text)
-    session = open_session(model, options)
+    session = open_session(model, options, n_bytes=info.n_bytes)
     tokenizer = SessionTokenizer(session)
     tokens = tokenizer.tokenize(content, add_special=True, parse_special=False)
     n_windows = len(tokens) // ctx_size

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from reap import _native
 from reap.calibration import Calibration, Window
+from reap.checkpoint import Checkpoint, State, identify_calibration
 from reap.engine import EngineOptions, SessionTokenizer, open_session
-from reap.errors import CalibrationError
+from reap.errors import CalibrationError, EngineError, Interrupted, UsageError
 from reap.inspector import ModelInfo, inspect, require_moe
 from reap.progress import Progress, ProgressCallback
 from reap.scores import Profile
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from reap import _core
 
 NOT_COUNTED = -1
+# short samples that may share one batch, as separate sequences
+SHARED_SEQUENCES = 32
+# this many failures and no success: the fault is not the sample's
+HOPELESS = 10
 
 
 def profile(
@@ -42,20 +48,25 @@ def profile(
     mask: str = "all",
     parse_special: bool = True,
     max_tokens: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 30.0,
     progress: ProgressCallback | None = None,
 ) -> Profile:
     """Measure what each expert of `model` (a GGUF file) contributes on `calibration` (JSON Lines, text, "-", or dictionaries).
 
     For the tokens routed to an expert the profile sums g, ‖f‖, g·‖f‖ and (g·‖f‖)², where g is the gate that multiplies the expert's
-    output f (Lasby et al., "REAP the Experts", arXiv:2510.13999). Options are those of `EngineOptions` and `Calibration`;
-    `max_tokens` stops after that many tokens.
+    output f (Lasby et al., "REAP the Experts", arXiv:2510.13999). Engine options are those of `EngineOptions`, those of the text
+    are `Calibration`'s; `max_tokens` stops after that many tokens. `checkpoint` names a file that keeps what was measured, at most
+    every `checkpoint_seconds`; with `resume` a run goes on from it, to the same result. A sample that the engine fails on is left out
+    whole and named in `profile.calibration["failed_samples"]`.
 
     Raises:
-        UsageError: an option, or a file that is not there.
+        UsageError: an option, a file that is not there, a checkpoint of another run (MismatchError).
         FormatError, UnsupportedModelError: the model is damaged, dense, or of a kind that cannot be profiled.
-        CalibrationError: the calibration has no usable sample, or one that cannot be read; it names file and line.
+        CalibrationError: the calibration has no usable sample, or a line that cannot be read; it names file and line.
         EngineError: llama.cpp failed.
-        KeyboardInterrupt: Ctrl-C, answered within one layer of the batch under way.
+        Interrupted: Ctrl-C with a checkpoint, which was saved. Without one it is KeyboardInterrupt, answered within one layer.
     """
     info = inspect(model)
     require_moe(info)
@@ -80,43 +91,129 @@ def profile(
         parse_special=parse_special,
         max_tokens=max_tokens,
     )
-    session = open_session(model, options)
+    keeper = None
+    if checkpoint is not None:
+        keeper = Checkpoint(checkpoint, _identity(info, options, source), seconds=checkpoint_seconds, resume=resume)
+    elif resume:
+        raise UsageError("resume needs a checkpoint to go on from")
+    state = keeper.load() if keeper else None
+    session = open_session(model, options, n_sequences=SHARED_SEQUENCES, n_bytes=info.n_bytes, head_on_host=True)
     session.start_profile(list(info.moe_layers), info.n_experts)
-    run = _Run(session, source, progress)
-    run.add_all(source.windows(SessionTokenizer(session)))
+    run = _Run(session, source, keeper, progress)
+    try:
+        run.go(state or State())
+    except KeyboardInterrupt as interrupt:
+        if keeper is None:
+            raise
+        keeper.save(run.state())
+        raise Interrupted(f"stopped after {session.units} samples, which {keeper.path} keeps; resume to go on from there") from interrupt
+    if keeper:
+        keeper.save(run.state())
     return _to_profile(info, options, source, run)
 
 
 class _Run:
-    """Feeds windows to a session, sample by sample: a sample is counted whole or not at all."""
+    """Feeds windows to a session. What belongs together (a unit: a sample, or one window of a text file) is counted whole or not."""
 
-    def __init__(self, session: _core.Session, source: Calibration, progress: ProgressCallback | None) -> None:
+    def __init__(
+        self, session: _core.Session, source: Calibration, keeper: Checkpoint | None, progress: ProgressCallback | None
+    ) -> None:
         self.session = session
-        self._source = source
         self.domains: list[str | None] = []
-        self.tokens = 0
+        self.failed: dict[int, str] = {}
+        self._source = source
+        self._keeper = keeper
         self._progress = progress or (lambda _: None)
+        self._waiting: list[list[Window]] = []  # short units that will share a batch
+        self._tokens_done = 0
 
-    def add_all(self, windows: Iterable[Window]) -> None:
-        sample: int | None = None
+    def go(self, state: State) -> None:
+        """Run the whole calibration, from where `state` left off."""
+        for group, sums in enumerate(state.groups):
+            self.session.restore(group, dict(sums), state.units)
+        if not state.groups:
+            self.session.commit(state.units)
+        self.domains = list(state.domains)
+        self.failed = dict(state.failed)
+        done = state.units
+        for unit, windows in groupby(self._source.windows(SessionTokenizer(self.session)), key=lambda window: window.unit):
+            if unit < done:
+                self._tokens_done += sum(len(window.tokens) for window in windows)
+            else:
+                self._add(unit, windows)
+        self._flush()
+
+    def state(self) -> State:
+        """What is committed, for a checkpoint."""
+        groups = [self.session.sums(group) for group in range(min(len(self.domains), self.session.n_groups))]
+        units = self.session.units
+        failed = {unit: reason for unit, reason in self.failed.items() if unit < units}
+        return State(units, self.domains[: len(groups)], groups, failed)
+
+    def _add(self, unit: int, windows: Iterator[Window]) -> None:
+        head: list[Window] = []
         for window in windows:
-            if window.sample != sample:
-                self.session.commit()
-                sample = window.sample
-            self._add(window)
-        self.session.commit()
+            head.append(window)
+            if not self._fits(head):
+                self._flush()
+                self._run_long(unit, chain(head, windows))
+                return
+        if not self._fits([window for waiting in self._waiting for window in waiting] + head):
+            self._flush()
+        self._waiting.append(head)
 
-    def _add(self, window: Window) -> None:
-        group = self._group(window.domain)
-        tokens = np.asarray(window.tokens, dtype=np.int32)
-        positions = np.arange(len(tokens), dtype=np.int32)
-        groups = np.where(window.counted, group, NOT_COUNTED).astype(np.int32)
-        for start in range(0, len(tokens), self.session.batch_size):
-            part = slice(start, start + self.session.batch_size)
-            n_tokens = len(tokens[part])
-            self.session.profile_batch(tokens[part], positions[part], np.zeros(n_tokens, np.int32), groups[part])
-            self.tokens += n_tokens
-            self._progress(Progress(self.tokens, self._source.estimated_tokens()))
+    def _fits(self, windows: Sequence[Window]) -> bool:
+        n_tokens = sum(len(window.tokens) for window in windows)
+        return n_tokens <= self.session.batch_size and len(windows) <= self.session.n_sequences
+
+    def _run_long(self, unit: int, windows: Iterator[Window]) -> None:
+        """A unit that fills more than one batch."""
+        try:
+            for window in windows:
+                for start in range(0, len(window.tokens), self.session.batch_size):
+                    self._run_batch([window], start)
+        except EngineError as error:
+            self._fail(unit, window, error)
+        self._commit(1)
+
+    def _flush(self) -> None:
+        """Run the units that wait, in one batch; where that fails each alone, to find the one at fault."""
+        units, self._waiting = self._waiting, []
+        if not units:
+            return
+        try:
+            self._run_batch([window for unit in units for window in unit], 0)
+        except EngineError as error:
+            if len(units) > 1:
+                for unit in units:
+                    self._waiting = [unit]
+                    self._flush()
+                return
+            self._fail(units[0][0].unit, units[0][0], error)
+        self._commit(len(units))
+
+    def _run_batch(self, windows: Sequence[Window], start: int) -> None:
+        """One batch: of a window the tokens from `start` on, of several windows all tokens, each a sequence of its own."""
+        part = slice(start, start + self.session.batch_size)
+        tokens = [window.tokens[part] for window in windows]
+        positions = [np.arange(start, start + len(ids), dtype=np.int32) for ids in tokens]
+        sequences = [np.full(len(ids), index, np.int32) for index, ids in enumerate(tokens)]
+        groups = [np.where(window.counted[part], self._group(window.domain), NOT_COUNTED).astype(np.int32) for window in windows]
+        batch = [np.concatenate(arrays) for arrays in (tokens, positions, sequences, groups)]
+        self.session.profile_batch(*batch)
+        self._tokens_done += len(batch[0])
+        self._progress(Progress(self._tokens_done, self._source.estimated_tokens()))
+
+    def _fail(self, unit: int, window: Window, error: EngineError) -> None:
+        self.session.discard()
+        self.failed[unit] = f"{window.where}: {error}"
+        if len(self.failed) >= HOPELESS and len(self.failed) > self.session.units:
+            raise EngineError(f"{window.where}: {error} (and so did each of the {len(self.failed) - 1} samples before it)") from error
+
+    def _commit(self, n_units: int) -> None:
+        self.session.commit(n_units)
+        if self._keeper and self._keeper.is_due():
+            self._keeper.save(self.state())
 
     def _group(self, domain: str | None) -> int:
         if domain not in self.domains:
@@ -124,16 +221,32 @@ class _Run:
         return self.domains.index(domain)
 
 
+def _identity(info: ModelInfo, options: EngineOptions, source: Calibration) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    model = {"fingerprint": info.fingerprint, "router_fingerprint": info.router_fingerprint, "n_bytes": info.n_bytes}
+    texts = {"chat_template": source.chat_template, "mask": source.mask, "parse_special": source.parse_special}
+    return {
+        "model": model,
+        "calibration": identify_calibration(source.paths),
+        "options": {**options.record(), **texts, "max_tokens": source.max_tokens},
+        "reap": version(),
+    }
+
+
 def _to_profile(info: ModelInfo, options: EngineOptions, source: Calibration, run: _Run) -> Profile:
     summary = source.summary()
     groups = {domain: run.session.sums(group) for group, domain in enumerate(run.domains)}
-    if not groups or not any(int(sums["total_tokens"].sum()) for sums in groups.values()):
+    if not any(int(sums["total_tokens"].sum()) for sums in groups.values()):
+        reason = next(iter(run.failed.values()), None)
+        if reason:
+            raise EngineError(reason)
         raise CalibrationError(f"{', '.join(summary['files'])}: no token of the calibration was counted, so nothing was measured")
+    failed = [run.failed[unit] for unit in sorted(run.failed)]
     return Profile.from_sums(
         layers=np.asarray(info.moe_layers, dtype=np.int64),
         **_total(list(groups.values())),
         model=_model_record(info),
-        calibration=summary,
+        calibration={**summary, "failed": len(failed), "failed_samples": failed},
         engine={"reap": version(), "llama_cpp": _native.load().__llama_cpp_commit__, "options": options.record()},
         domains={domain: sums for domain, sums in groups.items() if domain is not None},
     )

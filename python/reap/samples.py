@@ -37,6 +37,7 @@ class Sample:
     tools: Any = None
     tokens: list[int] | None = None
     continues: bool = False  # the same text file's next part, not a sample of its own
+    is_file: bool = False  # a text file's part: its windows stand alone, since nobody wrote them as one sample
 
 
 @dataclass
@@ -256,7 +257,7 @@ def _read_text(stream: _HashedStream, first: list[bytes]) -> Iterator[Sample]:
         raw = b""
         end = len(text) if not block else _cut(text)
         if end or (not block and not continues):
-            yield Sample(f"{stream.name}:{line}", line, text=text[:end], continues=continues)
+            yield Sample(f"{stream.name}:{line}", line, text=text[:end], continues=continues, is_file=True)
             continues = True
         line += text[:end].count("\n")
         text = text[end:]

@@ -105,10 +105,11 @@ static void test_tensor_reading() {
     std::iota(static_cast<int32_t *>(all->data), static_cast<int32_t *>(all->data) + 24, 0);
     ggml_tensor * top = ggml_view_2d(context, all, 2, 3, all->nb[1], 0);
     std::vector<int32_t> ids;
-    size_t bytes = 0;
-    read_i32(top, ids, bytes);
+    TensorReader reader;
+    reader.set_threads(2);
+    reader.read_i32(top, ids);
     CHECK((ids == std::vector<int32_t>{0, 1, 8, 9, 16, 17}));
-    CHECK(bytes == 0);
+    CHECK(reader.bytes_read() == 0);
 
     ggml_tensor * values = ggml_new_tensor_3d(context, GGML_TYPE_F32, 67, 4, 5);
     auto * data = static_cast<float *>(values->data);
@@ -123,19 +124,19 @@ static void test_tensor_reading() {
         return std::sqrt(sum);
     };
     std::vector<double> norms;
-    read_row_norms(values, 2, norms, bytes);
+    reader.read_row_norms(values, norms);
     CHECK(norms.size() == 20);
     for (size_t row = 0; row < norms.size(); ++row) {
         CHECK(std::abs(norms[row] - naive(row)) < 1e-12);
     }
     ggml_tensor * middle = ggml_view_3d(context, values, 67, 2, 5, values->nb[1], values->nb[2], values->nb[1]);
-    read_row_norms(middle, 1, norms, bytes);
+    reader.read_row_norms(middle, norms);
     CHECK(norms.size() == 10);
     CHECK(std::abs(norms[0] - naive(1)) < 1e-12 && std::abs(norms[3] - naive(6)) < 1e-12);
 
     std::vector<float> floats;
-    CHECK(throws<EngineError>([&] { read_f32(middle, floats, bytes); }));
-    CHECK(throws<EngineError>([&] { read_i32(values, ids, bytes); }));
+    CHECK(throws<EngineError>([&] { reader.read_f32(middle, floats); }));
+    CHECK(throws<EngineError>([&] { reader.read_i32(values, ids); }));
     ggml_free(context);
 }
 
@@ -158,7 +159,7 @@ static void test_model(const std::string & path, size_t n_experts, const std::ve
     };
     run(0, 32);
     run(32, 18);
-    session.commit();
+    session.commit(1);
     const Sums & sums = session.saliency().sums(0);
     for (size_t row = 0; row < layers.size(); ++row) {
         CHECK(sums.total_tokens[row] == 50);
@@ -168,10 +169,10 @@ static void test_model(const std::string & path, size_t n_experts, const std::ve
     CHECK(throws<Interrupted>([&] { run(0, 32); }));
     CHECK(asked);
     session.set_poll(nullptr);
-    session.commit();
+    session.commit(1);
     CHECK(session.saliency().sums(0).total_tokens[0] == 50);  // the interrupted batch left nothing
     run(0, 32);
-    session.commit();
+    session.commit(1);
     CHECK(session.saliency().sums(0).total_tokens[0] == 82);
     tokens[3] = session.n_vocab();
     CHECK(throws<UsageError>([&] { run(0, 32); }));

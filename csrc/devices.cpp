@@ -1,0 +1,87 @@
+#include "devices.h"
+
+#include "errors.h"
+#include "log_sink.h"
+
+#include "ggml-backend.h"
+
+#include <set>
+
+namespace reap {
+
+namespace {
+
+const char * kind_of(ggml_backend_dev_t device) {
+    switch (ggml_backend_dev_type(device)) {
+        case GGML_BACKEND_DEVICE_TYPE_CPU:
+            return "cpu";
+        case GGML_BACKEND_DEVICE_TYPE_GPU:
+            return "gpu";
+        case GGML_BACKEND_DEVICE_TYPE_IGPU:
+            return "igpu";
+        default:
+            return "accel";
+    }
+}
+
+// A function of the RPC backend, by name: a backend that is loaded at run time cannot be linked.
+template <typename Function>
+Function rpc_function(const char * name) {
+    const ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
+    const auto function = rpc ? reinterpret_cast<Function>(ggml_backend_reg_get_proc_address(rpc, name)) : nullptr;
+    if (function == nullptr) {
+        throw UsageError("this build of the engine has no RPC backend");
+    }
+    return function;
+}
+
+}  // namespace
+
+std::vector<DeviceInfo> list_devices() {
+    std::vector<DeviceInfo> devices;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        const ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        const ggml_backend_buffer_type_t type = ggml_backend_dev_buffer_type(device);
+        size_t free_bytes = 0;
+        size_t total_bytes = 0;
+        ggml_backend_dev_memory(device, &free_bytes, &total_bytes);
+        devices.push_back({ggml_backend_dev_name(device), ggml_backend_dev_description(device), kind_of(device),
+                           type ? ggml_backend_buft_name(type) : "", free_bytes, total_bytes});
+    }
+    return devices;
+}
+
+void add_rpc_servers(const std::vector<std::string> & endpoints) {
+    static std::set<std::string> known;
+    for (const auto & endpoint : endpoints) {
+        if (known.count(endpoint) != 0) {
+            continue;
+        }
+        const auto add = rpc_function<ggml_backend_reg_t (*)(const char *)>("ggml_backend_rpc_add_server");
+        const ggml_backend_reg_t server = add(endpoint.c_str());
+        if (server == nullptr) {
+            const std::string tail = log_tail();
+            throw EngineError("no device at the RPC server " + endpoint + (tail.empty() ? "" : ": " + tail));
+        }
+        ggml_backend_register(server);
+        known.insert(endpoint);
+    }
+}
+
+void serve_rpc(const std::string & endpoint, int n_threads) {
+    using Serve = void (*)(const char *, const char *, size_t, size_t, ggml_backend_dev_t *);
+    const auto serve = rpc_function<Serve>("ggml_backend_rpc_start_server");
+    std::vector<ggml_backend_dev_t> devices;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        const ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            devices.push_back(device);
+        }
+    }
+    if (devices.empty()) {
+        devices.push_back(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
+    }
+    serve(endpoint.c_str(), nullptr, static_cast<size_t>(n_threads), devices.size(), devices.data());
+}
+
+}  // namespace reap

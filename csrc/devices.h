@@ -1,0 +1,27 @@
+// The devices that the engine can use here, and the server that lends them to others.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace reap {
+
+struct DeviceInfo {
+    std::string name;         // as --device takes it
+    std::string description;
+    std::string kind;         // "cpu", "gpu", "igpu", "accel"
+    std::string buffer_type;  // as --override-tensor takes it
+    uint64_t    free_bytes;
+    uint64_t    total_bytes;
+};
+
+std::vector<DeviceInfo> list_devices();
+
+// Adds the devices of RPC servers ("host:port") to those of this process, once each.
+void add_rpc_servers(const std::vector<std::string> & endpoints);
+
+// Serves this machine's devices over llama.cpp's RPC protocol until the process ends. The protocol trusts whoever connects.
+void serve_rpc(const std::string & endpoint, int n_threads);
+
+}  // namespace reap
