@@ -6,8 +6,10 @@ of the native session. Every comparison prints the largest difference it saw (`p
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +81,19 @@ class Case:
         return reap.profile(gguf, self.calibration, **EXACT)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def case(request: pytest.FixtureRequest, needs: None, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="session")
+def cases(needs: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    return functools.cache(lambda name: make_case(name, tmp_path_factory.mktemp(name)))
 
 
-@pytest.fixture(scope="module")
-def qwen(needs: None, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case("qwen3moe", tmp_path_factory.mktemp("qwen"))
+@pytest.fixture(params=FAMILIES)
+def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
+    return cases(request.param)
+
+
+@pytest.fixture
+def qwen(cases: Callable[[str], Case]) -> Case:
+    return cases("qwen3moe")
 
 
 def make_case(name: str, directory: Path) -> Case:
