@@ -53,6 +53,7 @@ for _command, _example in (
     (cutting.prune, "reap prune model.gguf --plan plan.json -o small.gguf"),
     (measuring.evaluate, "reap evaluate small.gguf heldout.txt -c 512"),
     (measuring.devices, "reap devices"),
+    (measuring.rpc_server, "reap rpc-server --port 50052"),
     (demonstration.demo, "reap demo --out reap-demo"),
 ):
-    app.command(_command.__name__, epilog=f"Example: {_example}")(_command)
+    app.command(_command.__name__.replace("_", "-"), epilog=f"Example: {_example}")(_command)

@@ -122,12 +122,32 @@ def evaluate(
 
 def devices(json: Json = False) -> None:
     """List the devices that can run a model."""
-    from reap.engine import devices as list_devices  # type: ignore[attr-defined]
+    from reap.engine import devices as list_devices
 
-    found = [device.to_dict() for device in list_devices()]
+    found = list_devices()
     if json:
-        return print_json(found)
-    if not found:
-        return say("no device but the processor")
-    rows = [(item["name"], item["description"], bytes_text(item["memory_free"]), bytes_text(item["memory_total"])) for item in found]
-    print_table(["device", "what it is", "free", "memory"], rows)
+        return print_json([device.to_dict() for device in found])
+    rows = [
+        (device.name, device.kind, device.description, bytes_text(device.memory_free), bytes_text(device.memory_total)) for device in found
+    ]
+    print_table(["device", "kind", "what it is", "free", "memory"], rows)
+
+
+def rpc_server(
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen at.")] = 50052,
+    threads: Annotated[int | None, typer.Option("--threads", "-t", metavar="N", help="Threads of the processor.")] = None,
+) -> None:
+    """Lend this machine's devices to a `reap profile --rpc` elsewhere.
+
+    The protocol has no password and trusts whoever connects: keep it on this machine, or inside a network that you trust.
+    """
+    import signal
+
+    from reap.engine import serve_rpc
+
+    if not host.startswith("127.") and host not in ("localhost", "::1"):
+        say(f"warning: whoever can reach {host}:{port} can use and read this process; listen on a network that you trust alone")
+    say(f"serving at {host}:{port}; Ctrl-C ends it")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the engine's loop knows no Python
+    serve_rpc(host, port, threads)
