@@ -171,8 +171,14 @@ def test_only_the_command_line_prints_or_exits() -> None:
                 assert ast.unparse(node.func) not in ("print", "sys.exit", "exit", "quit"), f"{path.name}:{node.lineno}"
 
 
-NATIVE_RANKS = [{"errors"}, {"saliency", "moe_graph", "tensor_read", "log_sink"}, {"collector"}, {"session"}, {"bindings"}]
-KNOWS_NO_ENGINE = {"errors", "saliency", "moe_graph", "bindings"}
+NATIVE_RANKS = [
+    {"errors"},
+    {"saliency", "moe_graph", "tensor_read", "log_sink", "memory_guard"},
+    {"collector", "devices"},
+    {"session"},
+    {"bindings"},
+]
+KNOWS_NO_ENGINE = {"errors", "saliency", "moe_graph", "memory_guard", "bindings"}
 
 
 def test_native_includes_point_downwards() -> None:
