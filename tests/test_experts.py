@@ -127,6 +127,12 @@ def test_an_axis_that_contradicts_the_header_names_the_tensor(tmp_path: Path) ->
         layout_of(tmp_path, extra=extra)
 
 
+def test_the_expert_count_on_an_inner_axis_does_not_make_it_the_expert_axis(tmp_path: Path) -> None:
+    extra = {"blk.0.ffn_gate_inp.weight": np.zeros((32, 8), dtype=np.float32)}
+    with pytest.raises(FormatError, match=r"blk\.0\.ffn_gate_inp\.weight has 32 experts where the header says 8"):
+        layout_of(tmp_path, extra=extra)
+
+
 def test_a_tensor_with_the_wrong_number_of_axes_is_named(tmp_path: Path) -> None:
     extra = {"blk.0.exp_probs_b.bias": np.zeros((8, 8), dtype=np.float32)}
     with pytest.raises(FormatError, match=r"blk\.0\.exp_probs_b\.bias has 2 axes, expected 1"):

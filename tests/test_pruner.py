@@ -452,6 +452,23 @@ def test_a_damaged_output_is_noticed_and_removed(tmp_path: Path, monkeypatch: py
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.parametrize("row", [0, -1])
+def test_samples_are_taken_of_the_first_and_the_last_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    source = build_moe(tmp_path / "m.gguf")
+    real = pruner._Check.__call__
+
+    def swap(check: Any, temporary: Path) -> None:
+        tensor = next(tensor for tensor in GGUFReader(temporary).tensors if tensor.name == "blk.1.ffn_up_exps.weight")
+        with open(temporary, "r+b") as file:
+            file.seek(tensor.data_offset + (row % 4) * int(tensor.n_bytes) // 4)
+            file.write(tensor.data[1].tobytes())
+        real(check, temporary)
+
+    monkeypatch.setattr(pruner._Check, "__call__", swap)
+    with pytest.raises(OutputError, match=r"blk\.1\.ffn_up_exps\.weight differs"):
+        prune(source, tmp_path / "s.gguf", plan_for(source, KEPT))
+
+
 def test_full_verification_sees_what_samples_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build_moe(tmp_path / "m.gguf", n_vocab=2048)
     plan = plan_for(source, KEPT)
