@@ -8,6 +8,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <numeric>
+
 namespace py = pybind11;
 using reap::Session;
 using reap::SessionOptions;
@@ -50,6 +52,14 @@ void profile_batch(Session & session, const Ids & tokens, const Ids & positions,
     }
     const reap::TokenBatch batch{tokens.data(), positions.data(), sequences.data(), static_cast<size_t>(n)};
     run(session, [&] { session.profile_batch(batch, groups.data()); });
+}
+
+void forward(Session & session, const Ids & tokens, bool all_logits) {
+    std::vector<int32_t> positions(static_cast<size_t>(tokens.size()));
+    std::iota(positions.begin(), positions.end(), 0);
+    const std::vector<int32_t> sequences(positions.size(), 0);
+    const reap::TokenBatch batch{tokens.data(), positions.data(), sequences.data(), positions.size()};
+    run(session, [&] { session.forward(batch, all_logits); });
 }
 
 py::dict sums(const Session & session, size_t group) {
@@ -150,6 +160,8 @@ void register_errors() {
             if (pending) {
                 std::rethrow_exception(pending);
             }
+        } catch (const reap::UnsupportedError & error) {
+            raise("UnsupportedModelError", error.what());
         } catch (const reap::EngineError & error) {
             raise("EngineError", error.what());
         } catch (const reap::UsageError & error) {
@@ -182,7 +194,9 @@ PYBIND11_MODULE(_core, m) {
         .def_readwrite("flash_attn", &SessionOptions::flash_attn)
         .def_readwrite("use_mmap", &SessionOptions::use_mmap)
         .def_readwrite("repack", &SessionOptions::repack)
-        .def_readwrite("head_on_host", &SessionOptions::head_on_host);
+        .def_readwrite("head_on_host", &SessionOptions::head_on_host)
+        .def_readwrite("reduce_on_device", &SessionOptions::reduce_on_device)
+        .def_readwrite("stop_early", &SessionOptions::stop_early);
 
     m.def("devices", &devices);
     m.def("serve_rpc", &serve_rpc, py::arg("endpoint"), py::arg("threads"));
@@ -211,6 +225,7 @@ PYBIND11_MODULE(_core, m) {
             },
             py::arg("layers"), py::arg("n_experts"))
         .def("profile_batch", &profile_batch, py::arg("tokens"), py::arg("positions"), py::arg("sequences"), py::arg("groups"))
+        .def("forward", &forward, py::arg("tokens"), py::arg("all_logits"))
         .def("commit", &Session::commit, py::arg("n_units"))
         .def("restore", &restore, py::arg("group"), py::arg("sums"), py::arg("n_units"))
         .def_property_readonly("units", &Session::units)

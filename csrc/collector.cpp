@@ -131,7 +131,7 @@ bool Collector::on_stop(ggml_tensor * node) {
         } catch (const EngineError & error) {
             throw EngineError(in_layer(name.layer) + error.what());
         }
-        stopped_ = name.layer == last_layer_;
+        stopped_ = stop_early_ && name.layer == last_layer_;
     }
     stats_.stops += 1;
     stats_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -200,7 +200,7 @@ void Collector::end_survey(const std::vector<int> & layers, size_t n_experts) {
             continue;
         }
         if (expected.count(name.layer) == 0) {
-            throw EngineError(in_layer(name.layer) + "the engine runs experts (" + seen.name + ") that the model's file does not show");
+            throw UnsupportedError(in_layer(name.layer) + "the engine runs experts (" + seen.name + ") that the model's file does not show");
         }
         if (name.role == Role::Output) {
             last_layer_ = name.layer;
@@ -209,7 +209,7 @@ void Collector::end_survey(const std::vector<int> & layers, size_t n_experts) {
     }
     for (size_t row = 0; row < layers.size(); ++row) {
         if (plans_.count(layers[row]) == 0) {
-            throw EngineError(in_layer(layers[row]) + "the model's file has experts, but the engine's graph never runs them");
+            throw UnsupportedError(in_layer(layers[row]) + "the model's file has experts, but the engine's graph never runs them");
         }
         plans_[layers[row]] = plan_layer(layers[row]);
         plans_[layers[row]].row = row;
@@ -240,17 +240,17 @@ std::vector<size_t> Collector::routing_block(int layer) const {
             return parse_node_name(seen_[i].name).role == Role::Output && multiplies_experts(seen_[i].tensor);
         });
         if (routed && !found.empty()) {
-            throw EngineError(in_layer(layer) + "runs its experts more than once, which reap cannot tell apart");
+            throw UnsupportedError(in_layer(layer) + "runs its experts more than once, which reap cannot tell apart");
         }
         if (routed) {
             found = block;
         }
     }
     if (found.empty()) {
-        throw EngineError(in_layer(layer) + "found no ids that the experts are selected by");
+        throw UnsupportedError(in_layer(layer) + "found no ids that the experts are selected by");
     }
     if (found.front() != blocks.front().front()) {
-        throw EngineError(in_layer(layer) + "runs another block under the experts' names before them");
+        throw UnsupportedError(in_layer(layer) + "runs another block under the experts' names before them");
     }
     return found;
 }
@@ -273,7 +273,7 @@ Collector::LayerPlan Collector::plan_layer(int layer) const {
         }
     }
     if (weights == nullptr || gated == 0) {
-        throw EngineError(in_layer(layer) + "found experts without " + (weights == nullptr ? "a gate" : "a product with their gate"));
+        throw UnsupportedError(in_layer(layer) + "found experts without " + (weights == nullptr ? "a gate" : "a product with their gate"));
     }
     const ggml_tensor * ids = ids_of(seen_[output].tensor);
     plan.stop_at_ids = ids == nullptr || !read_later(ids, output);

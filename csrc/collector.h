@@ -35,6 +35,9 @@ class Collector {
     // Asked at each stop; true ends the batch with Interrupted.
     void set_poll(std::function<bool()> poll) { poll_ = std::move(poll); }
     void set_threads(int n_threads) { reader_.set_threads(n_threads); }
+    void set_reduce_on_device(bool reduce) { reader_.set_reduce_on_device(reduce); }
+    // false: let the rest of the graph run after the last MoE layer, for comparison
+    void set_stop_early(bool stop) { stop_early_ = stop; }
 
     // The survey: begin, decode a few tokens, end. `layers` are the MoE layers that the model's file has, ascending.
     void begin_survey();
@@ -103,6 +106,7 @@ class Collector {
     std::map<int, LayerPlan>  plans_;
     std::map<int, LayerState> states_;
     int                       last_layer_ = -1;
+    bool                      stop_early_ = true;
     bool                      stopped_ = false;    // the graph under way has given all we want
     bool                      abandoned_ = false;  // so has the whole batch: an error or an interruption
     std::exception_ptr        error_;

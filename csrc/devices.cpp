@@ -3,13 +3,14 @@
 #include "errors.h"
 #include "log_sink.h"
 
-#include "ggml-backend.h"
-
+#include <algorithm>
 #include <set>
 
 namespace reap {
 
 namespace {
+
+std::set<std::string> known_servers;
 
 const char * kind_of(ggml_backend_dev_t device) {
     switch (ggml_backend_dev_type(device)) {
@@ -52,9 +53,8 @@ std::vector<DeviceInfo> list_devices() {
 }
 
 void add_rpc_servers(const std::vector<std::string> & endpoints) {
-    static std::set<std::string> known;
     for (const auto & endpoint : endpoints) {
-        if (known.count(endpoint) != 0) {
+        if (known_servers.count(endpoint) != 0) {
             continue;
         }
         const auto add = rpc_function<ggml_backend_reg_t (*)(const char *)>("ggml_backend_rpc_add_server");
@@ -64,8 +64,28 @@ void add_rpc_servers(const std::vector<std::string> & endpoints) {
             throw EngineError("no device at the RPC server " + endpoint + (tail.empty() ? "" : ": " + tail));
         }
         ggml_backend_register(server);
-        known.insert(endpoint);
+        known_servers.insert(endpoint);
     }
+}
+
+bool rpc_servers_known() { return !known_servers.empty(); }
+
+std::vector<ggml_backend_dev_t> default_devices(const std::vector<std::string> & endpoints) {
+    std::vector<ggml_backend_dev_t> remote, local;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        const ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        const std::string registry = ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
+        const std::string description = ggml_backend_dev_description(device);  // of a server's device: the server
+        if (registry.rfind("RPC", 0) != 0) {
+            if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_GPU) {
+                local.push_back(device);
+            }
+        } else if (std::find(endpoints.begin(), endpoints.end(), description) != endpoints.end()) {
+            remote.push_back(device);
+        }
+    }
+    remote.insert(remote.end(), local.begin(), local.end());
+    return remote;
 }
 
 void serve_rpc(const std::string & endpoint, int n_threads) {

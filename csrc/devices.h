@@ -1,6 +1,8 @@
 // The devices that the engine can use here, and the server that lends them to others.
 #pragma once
 
+#include "ggml-backend.h"
+
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -20,6 +22,13 @@ std::vector<DeviceInfo> list_devices();
 
 // Adds the devices of RPC servers ("host:port") to those of this process, once each.
 void add_rpc_servers(const std::vector<std::string> & endpoints);
+
+// Whether any session of this process has added a server.
+bool rpc_servers_known();
+
+// The devices to use where nobody names any: this machine's, and those of the servers named. Servers that an earlier session added stay
+// known to the engine, which would take them as well.
+std::vector<ggml_backend_dev_t> default_devices(const std::vector<std::string> & endpoints);
 
 // Serves this machine's devices over llama.cpp's RPC protocol until the process ends. The protocol trusts whoever connects.
 void serve_rpc(const std::string & endpoint, int n_threads);

@@ -10,6 +10,11 @@ struct EngineError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// The engine runs the model, but not in a way that can be measured.
+struct UnsupportedError : EngineError {
+    using EngineError::EngineError;
+};
+
 // An option that can never work: an unknown device, cache type or pattern.
 struct UsageError : std::runtime_error {
     using std::runtime_error::runtime_error;

@@ -63,7 +63,6 @@ std::vector<ggml_backend_dev_t> find_devices(const std::vector<std::string> & na
         }
         devices.push_back(device);
     }
-    devices.push_back(nullptr);
     return devices;
 }
 
@@ -106,6 +105,8 @@ Session::Session(const SessionOptions & options) : options_(options) {
     resolve_options();
     create_context();
     collector_.set_threads(options_.threads);
+    collector_.set_reduce_on_device(options_.reduce_on_device);
+    collector_.set_stop_early(options_.stop_early);
 }
 
 void Session::resolve_options() {
@@ -123,7 +124,7 @@ void Session::resolve_options() {
     if (o.n_sequences == 1) {
         o.ubatch_size = std::min(o.ubatch_size, o.ctx_size);
     }
-    o.ubatch_size = std::max(1, o.ubatch_size);
+    o.ubatch_size = std::max(2, o.ubatch_size);  // the survey runs two tokens in one graph
     o.batch_size = std::max(o.batch_size, o.ubatch_size);
     // llama_context asserts that its outputs hold a token of every sequence
     o.n_sequences = std::min(o.n_sequences, o.ubatch_size);
@@ -135,8 +136,9 @@ void Session::resolve_options() {
 void Session::load_model() {
     add_rpc_servers(options_.rpc);
     llama_model_params params = llama_model_default_params();
-    std::vector<ggml_backend_dev_t> devices = find_devices(options_.devices);
-    if (!options_.devices.empty()) {
+    std::vector<ggml_backend_dev_t> devices = options_.devices.empty() ? default_devices(options_.rpc) : find_devices(options_.devices);
+    devices.push_back(nullptr);
+    if (!options_.devices.empty() || rpc_servers_known()) {
         params.devices = devices.data();
     }
     std::vector<llama_model_tensor_buft_override> overrides;
@@ -308,9 +310,20 @@ void Session::profile_batch(const TokenBatch & batch, const int32_t * groups) {
     }
 }
 
+void Session::forward(const TokenBatch & batch, bool all_logits) {
+    check_tokens(batch.tokens, batch.n_tokens);
+    if (batch.positions[0] == 0) {
+        forget();
+    }
+    std::vector<int8_t> wanted(batch.n_tokens, all_logits);
+    wanted.back() = 1;
+    decode(batch, wanted.data());
+}
+
 void Session::discard() {
     collector_.discard();
-    forget();
+    // the cache may hold what is not a number, and masked attention multiplies it by zero: clear the data as well
+    llama_memory_clear(llama_get_memory(context_.get()), true);
 }
 
 void Session::for_each_logits(const std::vector<int32_t> & tokens, size_t first, const OnLogits & on_logits) {

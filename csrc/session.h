@@ -34,6 +34,9 @@ struct SessionOptions {
     bool repack = true;
     // the output head stays in host memory: a profile stops before it, and its logits would be read back from the device all the same
     bool head_on_host = false;
+    // for comparison: read whole outputs from devices; run the graph to its end
+    bool reduce_on_device = true;
+    bool stop_early = true;
 };
 
 // One batch: arrays [n_tokens].
@@ -82,6 +85,9 @@ class Session {
     void discard();
     const Saliency & saliency() const { return collector_.saliency(); }
     const Collector & collector() const { return collector_; }
+
+    // Runs a batch without collecting anything: all logits, or the last token's alone. What a profile is measured against.
+    void forward(const TokenBatch & batch, bool all_logits);
 
     // Logits [n - first][n_vocab] of the positions from `first` on, in a fresh context.
     std::vector<float> logits(const std::vector<int32_t> & tokens, size_t first);

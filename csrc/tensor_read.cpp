@@ -83,7 +83,7 @@ TensorReader::Device::Device(ggml_backend_dev_t device)
 bool TensorReader::compute_on_device(const ggml_tensor * source, Build build, void * result, size_t result_bytes) {
     const ggml_backend_buffer_t buffer = buffer_of(source);
     const ggml_backend_dev_t id = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
-    if (id == nullptr) {
+    if (id == nullptr || !reduce_) {
         return false;
     }
     constexpr size_t MAX_NODES = 8;

@@ -19,6 +19,8 @@ namespace reap {
 class TensorReader {
   public:
     void set_threads(int n_threads) { n_threads_ = n_threads; }
+    // false: read whole tensors from devices, for comparison
+    void set_reduce_on_device(bool reduce) { reduce_ = reduce; }
 
     // The values of an I32 tensor [n0, n1] (n0 contiguous, rows strided), row after row.
     void read_i32(const ggml_tensor * tensor, std::vector<int32_t> & values);
@@ -45,6 +47,7 @@ class TensorReader {
     bool compute_on_device(const ggml_tensor * source, Build build, void * result, size_t result_bytes);
 
     int    n_threads_ = 1;
+    bool   reduce_ = true;
     size_t bytes_read_ = 0;
     std::map<ggml_backend_dev_t, Device> devices_;
     std::vector<float> floats_;

@@ -116,7 +116,7 @@ def test_a_damaged_or_foreign_archive_is_refused(fetch: ModuleType, tmp_path: Pa
     with pytest.raises(fetch.FetchError, match="cannot be unpacked"):
         fetch.fetch("p", "1", hashlib.sha256(archive.read_bytes()).hexdigest(), archive)
     sha256 = make_archive(archive, {"p-1/setup.py": b"!"})
-    with pytest.raises(fetch.FetchError, match="has no folder vendor/llama.cpp"):
+    with pytest.raises(fetch.FetchError, match=r"has no folder vendor/llama\.cpp"):
         fetch.fetch("p", "2", sha256, archive)
 
 
@@ -124,7 +124,7 @@ def test_a_failed_download_is_one_sentence(fetch: ModuleType, monkeypatch: pytes
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
-    with pytest.raises(fetch.FetchError, match="could not download p 1 with pip .*REAP_LLAMA_CPP_SDIST"):
+    with pytest.raises(fetch.FetchError, match=r"could not download p 1 with pip .*REAP_LLAMA_CPP_SDIST"):
         fetch.fetch("p", "1", "0" * 64, None)
 
 

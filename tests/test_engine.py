@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+
 from gguf_builder import build_moe
 from quantised import write_twins
-
 from reap.engine import EngineOptions, open_session
-from reap.errors import EngineError, UsageError
+from reap.errors import EngineError, UnsupportedModelError, UsageError
 
 EXACT = EngineOptions(ctx_size=128, type_k="f32", type_v="f32", flash_attn="off", threads=2)
 TOKENS = (np.arange(60, dtype=np.int32) * 7) % 64
@@ -99,9 +99,9 @@ def test_log_probs_are_those_of_the_logits(model: Path) -> None:
 
 def test_layers_that_the_graph_does_not_have_are_an_error(model: Path) -> None:
     session = open_session(model, EXACT)
-    with pytest.raises(EngineError, match="layer 7: the model's file has experts, but the engine's graph never runs them"):
+    with pytest.raises(UnsupportedModelError, match="layer 7: the model's file has experts, but the engine's graph never runs them"):
         session.start_profile([0, 1, 2, 7], 8)
-    with pytest.raises(EngineError, match=r"layer 2: the engine runs experts .* that the model's file does not show"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 2: the engine runs experts .* that the model's file does not show"):
         session.start_profile([0, 1], 8)
 
 

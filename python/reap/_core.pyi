@@ -33,6 +33,8 @@ class SessionOptions:
     use_mmap: bool
     repack: bool  # let the CPU backend rearrange weights (AMX and others)
     head_on_host: bool  # keep the output head in host memory: a profile stops before it
+    reduce_on_device: bool  # False, for comparison: read whole outputs from devices
+    stop_early: bool  # False, for comparison: run the graph to its end
     def __init__(self) -> None: ...
 
 class Session:
@@ -87,6 +89,9 @@ class Session:
         sequences.
         """
 
+    def forward(self, tokens: NDArray[np.int32], all_logits: bool) -> None:
+        """Run one sequence without collecting: all logits, or the last token's alone. What a profile is measured against."""
+
     def commit(self, n_units: int) -> None:
         """Add what waits to the sums and `n_units` to `units`, in one step that no signal can part."""
 
@@ -102,7 +107,6 @@ class Session:
 
     @property
     def n_groups(self) -> int: ...
-
     def sums(self, group: int) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
         """counts int64, gate_sum, norm_sum, gated_norm_sum, gated_norm_sq_sum, norm_max float64, each [n_layers, n_experts];
         total_tokens int64 [n_layers]."""

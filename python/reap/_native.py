@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from reap.errors import NativeModuleMissing
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
         SessionOptions: type[_core.SessionOptions]
         Session: type[_core.Session]
+
+        def devices(self) -> list[dict[str, Any]]: ...
+        def serve_rpc(self, endpoint: str, threads: int) -> None: ...
+
         __llama_cpp_commit__: str
 
 

@@ -61,6 +61,56 @@ class EngineOptions:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class Device:
+    """What can run a model: its name for `devices`, its kind ("cpu", "gpu", "igpu", "accel"), the buffer type's name for
+    `override_tensors`, and its memory in bytes."""
+
+    name: str
+    description: str
+    kind: str
+    buffer_type: str
+    memory_free: int
+    memory_total: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return asdict(self)
+
+
+def devices() -> list[Device]:
+    """The devices of this machine that the engine can use, the processor among them."""
+    return [
+        Device(
+            name=found["name"],
+            description=found["description"],
+            kind=found["kind"],
+            buffer_type=found["buffer_type"],
+            memory_free=found["free_bytes"],
+            memory_total=found["total_bytes"],
+        )
+        for found in _native.load().devices()
+    ]
+
+
+def serve_rpc(host: str, port: int, threads: int | None = None) -> None:
+    """Lend this machine's devices to others over llama.cpp's RPC protocol, until the process is ended.
+
+    The protocol trusts whoever connects: it must not be reachable from outside. Raises UsageError for a port that cannot be, or where
+    something else listens.
+    """
+    if not 0 < port < 65536:
+        raise UsageError(f"port is {port}, expected 1 to 65535")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise UsageError(f"cannot listen at {host}:{port} ({error.strerror or error})") from error
+    _native.load().serve_rpc(f"{host}:{port}", threads or usable_cores())
+    raise EngineError(f"the RPC server at {host}:{port} ended by itself")
+
+
 def usable_cores() -> int:
     """Cores that this process may use, as the scheduler sees it."""
     if hasattr(os, "sched_getaffinity"):

@@ -11,9 +11,9 @@ import numpy as np
 
 from reap import _native
 from reap.calibration import Calibration, Window
-from reap.checkpoint import Checkpoint, State, identify_calibration
+from reap.checkpoint import Arrays, Checkpoint, State, identify_calibration
 from reap.engine import EngineOptions, SessionTokenizer, open_session
-from reap.errors import CalibrationError, EngineError, Interrupted, UsageError
+from reap.errors import CalibrationError, EngineError, Interrupted, UnsupportedModelError, UsageError
 from reap.inspector import ModelInfo, inspect, require_moe
 from reap.progress import Progress, ProgressCallback
 from reap.scores import Profile
@@ -98,7 +98,10 @@ def profile(
         raise UsageError("resume needs a checkpoint to go on from")
     state = keeper.load() if keeper else None
     session = open_session(model, options, n_sequences=SHARED_SEQUENCES, n_bytes=info.n_bytes, head_on_host=True)
-    session.start_profile(list(info.moe_layers), info.n_experts)
+    try:
+        session.start_profile(list(info.moe_layers), info.n_experts)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{info.path}: {info.architecture} cannot be profiled: {error}") from error
     run = _Run(session, source, keeper, progress)
     try:
         run.go(state or State())
@@ -115,9 +118,7 @@ def profile(
 class _Run:
     """Feeds windows to a session. What belongs together (a unit: a sample, or one window of a text file) is counted whole or not."""
 
-    def __init__(
-        self, session: _core.Session, source: Calibration, keeper: Checkpoint | None, progress: ProgressCallback | None
-    ) -> None:
+    def __init__(self, session: _core.Session, source: Calibration, keeper: Checkpoint | None, progress: ProgressCallback | None) -> None:
         self.session = session
         self.domains: list[str | None] = []
         self.failed: dict[int, str] = {}
@@ -145,7 +146,7 @@ class _Run:
 
     def state(self) -> State:
         """What is committed, for a checkpoint."""
-        groups = [self.session.sums(group) for group in range(min(len(self.domains), self.session.n_groups))]
+        groups: list[Arrays] = [self.session.sums(group) for group in range(min(len(self.domains), self.session.n_groups))]
         units = self.session.units
         failed = {unit: reason for unit, reason in self.failed.items() if unit < units}
         return State(units, self.domains[: len(groups)], groups, failed)

@@ -104,8 +104,7 @@ def download(package: str, version: str, sha256: str, folder: Path) -> Path:
         last = result.stderr.strip()
         if "HASHES" in last or "do not match the hashes" in last.lower():
             raise FetchError(
-                f"the downloaded {package} {version} is not the pinned file: its sha256 differs from {sha256}; "
-                "nothing of it was used"
+                f"the downloaded {package} {version} is not the pinned file: its sha256 differs from {sha256}; nothing of it was used"
             )
         time.sleep(2 * attempt)
     reason = next((line for line in reversed(last.splitlines()) if "ERROR" in line), "pip gave no reason")

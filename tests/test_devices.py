@@ -1,0 +1,136 @@
+"""The device path, on llama.cpp's RPC backend over loopback: the same scores as on the processor, and few bytes for them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gguf_builder import build_moe
+from reap.cli import main
+from reap.engine import EngineOptions, devices, open_session
+from reap.errors import EngineError, UsageError
+from reap.profiler import profile
+
+EXACT = EngineOptions(ctx_size=512, type_k="f32", type_v="f32", flash_attn="off", threads=1, devices=("none",))
+N_USED = 4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "reap", "rpc-server", "--port", str(port), "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            time.sleep(0.1)
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_moe(tmp_path_factory.mktemp("devices") / "m.gguf", n_layers=3, n_experts=32, n_used=N_USED, n_embd=64, n_vocab=512)
+
+
+def sums_of(session, layers=(0, 1, 2), n_experts=32, n_tokens=300):
+    session.start_profile(list(layers), n_experts)
+    tokens = (np.arange(n_tokens, dtype=np.int32) * 37) % 512
+    read = session.collector_stats()["bytes_read"]
+    session.profile_batch(tokens, np.arange(n_tokens, dtype=np.int32), np.zeros(n_tokens, np.int32), np.zeros(n_tokens, np.int32))
+    session.commit(1)
+    return session.sums(0), session.collector_stats()["bytes_read"] - read
+
+
+def on_device(server: str, **changes) -> EngineOptions:
+    return EngineOptions(**{**EXACT.record(), "rpc": [server], "devices": None, **changes})
+
+
+def test_the_same_sums_as_on_the_processor(server: str, model: Path) -> None:
+    expected, _ = sums_of(open_session(model, EXACT))
+    found, n_bytes = sums_of(open_session(model, on_device(server), head_on_host=True))
+    assert (found["counts"] == expected["counts"]).all()
+    for name in ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, err_msg=name)
+    # ids, gates and norms: 12 bytes; the whole output would be 64 x 4
+    assert 0 < n_bytes <= 16 * 300 * 3 * N_USED
+
+
+def test_experts_on_the_processor_and_the_rest_on_the_device(server: str, model: Path) -> None:
+    expected, _ = sums_of(open_session(model, EXACT))
+    options = on_device(server, override_tensors=[("ffn_.*_exps", "CPU")])
+    found, _ = sums_of(open_session(model, options, head_on_host=True))
+    assert (found["counts"] == expected["counts"]).all()
+    np.testing.assert_allclose(found["gated_norm_sum"], expected["gated_norm_sum"], rtol=2e-5)
+
+
+def test_some_layers_on_the_device(server: str, model: Path) -> None:
+    expected, _ = sums_of(open_session(model, EXACT))
+    found, n_bytes = sums_of(open_session(model, on_device(server, gpu_layers=2), head_on_host=True))
+    assert (found["counts"] == expected["counts"]).all()
+    np.testing.assert_allclose(found["gated_norm_sum"], expected["gated_norm_sum"], rtol=2e-5)
+    assert n_bytes > 0
+
+
+def test_several_ubatches_on_the_device(server: str, model: Path) -> None:
+    expected, _ = sums_of(open_session(model, EXACT))
+    found, _ = sums_of(open_session(model, on_device(server, ubatch_size=64, batch_size=512), head_on_host=True))
+    assert found["total_tokens"].tolist() == [300, 300, 300]
+    assert (found["counts"] == expected["counts"]).all()
+    np.testing.assert_allclose(found["gated_norm_sum"], expected["gated_norm_sum"], rtol=2e-5)
+
+
+def test_profile_through_the_api(server: str, model: Path) -> None:
+    lines = [{"tokens": ((np.arange(n) * 11) % 512).tolist()} for n in (40, 90, 250)]
+    exact = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
+    there = profile(model, lines, rpc=[server], **exact)
+    here = profile(model, lines, **exact)  # after it: a server that was added once is not used by those who did not name it
+    assert (here.counts == there.counts).all()
+    np.testing.assert_allclose(there.gated_norm_sum, here.gated_norm_sum, rtol=2e-5)
+
+
+def test_nothing_at_the_address_is_an_error_and_no_abort(model: Path) -> None:
+    with pytest.raises(EngineError, match=r"nothing answers at the RPC server 127\.0\.0\.1:\d+"):
+        open_session(model, EngineOptions(rpc=[f"127.0.0.1:{free_port()}"]))
+    with pytest.raises(UsageError, match="is not of the form host:port"):
+        open_session(model, EngineOptions(rpc=["nowhere"]))
+
+
+def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        assert main(["rpc-server", "--port", str(other.getsockname()[1])]) == 2
+    assert "cannot listen at 127.0.0.1" in capsys.readouterr().err
+
+
+def test_a_device_by_name(server: str, model: Path) -> None:
+    expected, _ = sums_of(open_session(model, EXACT))
+    open_session(model, on_device(server))
+    name = next(device.name for device in devices() if device.description == server)
+    found, n_bytes = sums_of(open_session(model, on_device(server, devices=[name]), head_on_host=True))
+    assert (found["counts"] == expected["counts"]).all()
+    assert n_bytes > 0
+
+
+def test_devices_lists_the_processor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert any(device.kind == "cpu" for device in devices())
+    assert main(["devices"]) == 0
+    assert "CPU" in capsys.readouterr().out
