@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gguf_builder import build_moe, random_tensor
-from reap import pruner
 from reap.engine import EngineOptions, open_session
 from reap.errors import FormatError, MismatchError, OutputError, UnsupportedModelError, UsageError
+from reap.gguf import verification
 from reap.inspector import inspect
 from reap.planner import PrunePlan
 from reap.pruner import PruneReport, prune
@@ -434,19 +434,20 @@ def test_progress_counts_the_bytes_of_the_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["first byte", "last byte", "header", "cut off"])
 def test_a_damaged_output_is_noticed_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: Any, damage: str) -> None:
     source = build_moe(tmp_path / "m.gguf")
-    real = pruner._Check.__call__
+    real = verification.Check.__call__
 
-    def spoil(check: Any, temporary: Path) -> None:
+    def spoil(check: Any, temporaries: list[Path]) -> None:
+        [temporary] = temporaries
         with open(temporary, "r+b") as file:
             offset = GGUFReader(temporary).get_tensor(12).data_offset
             file.seek({"first byte": offset, "last byte": -1, "header": 24 + 8, "cut off": 0}[damage], 2 if damage == "last byte" else 0)
             if damage == "cut off":
-                file.truncate(check.new_file.n_bytes - 1)
+                file.truncate(check.new_files[0].n_bytes - 1)
             else:
                 file.write(b"\xab")
-        real(check, temporary)
+        real(check, temporaries)
 
-    monkeypatch.setattr(pruner._Check, "__call__", spoil)
+    monkeypatch.setattr(verification.Check, "__call__", spoil)
     with pytest.raises(OutputError, match="was not written as it should be"):
         prune(source, tmp_path / "s.gguf", plan_for(source, KEPT), verify=verify)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
@@ -455,16 +456,17 @@ def test_a_damaged_output_is_noticed_and_removed(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("row", [0, -1])
 def test_samples_are_taken_of_the_first_and_the_last_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
     source = build_moe(tmp_path / "m.gguf")
-    real = pruner._Check.__call__
+    real = verification.Check.__call__
 
-    def swap(check: Any, temporary: Path) -> None:
+    def swap(check: Any, temporaries: list[Path]) -> None:
+        [temporary] = temporaries
         tensor = next(tensor for tensor in GGUFReader(temporary).tensors if tensor.name == "blk.1.ffn_up_exps.weight")
         with open(temporary, "r+b") as file:
             file.seek(tensor.data_offset + (row % 4) * int(tensor.n_bytes) // 4)
             file.write(tensor.data[1].tobytes())
-        real(check, temporary)
+        real(check, temporaries)
 
-    monkeypatch.setattr(pruner._Check, "__call__", swap)
+    monkeypatch.setattr(verification.Check, "__call__", swap)
     with pytest.raises(OutputError, match=r"blk\.1\.ffn_up_exps\.weight differs"):
         prune(source, tmp_path / "s.gguf", plan_for(source, KEPT))
 
@@ -472,15 +474,16 @@ def test_samples_are_taken_of_the_first_and_the_last_expert(tmp_path: Path, monk
 def test_full_verification_sees_what_samples_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build_moe(tmp_path / "m.gguf", n_vocab=2048)
     plan = plan_for(source, KEPT)
-    real = pruner._Check.__call__
+    real = verification.Check.__call__
 
-    def spoil(check: Any, temporary: Path) -> None:
+    def spoil(check: Any, temporaries: list[Path]) -> None:
+        [temporary] = temporaries
         with open(temporary, "r+b") as file:
             file.seek(GGUFReader(temporary).get_tensor(0).data_offset + 100_000)
             file.write(b"\xab\xcd\xef")
-        real(check, temporary)
+        real(check, temporaries)
 
-    monkeypatch.setattr(pruner._Check, "__call__", spoil)
+    monkeypatch.setattr(verification.Check, "__call__", spoil)
     prune(source, tmp_path / "fast.gguf", plan)
     with pytest.raises(OutputError, match=r"token_embd\.weight differs from the source's"):
         prune(source, tmp_path / "full.gguf", plan, verify="full")
@@ -557,3 +560,127 @@ def test_the_engine_computes_the_same_when_only_unused_experts_are_gone(tmp_path
         file.seek(router.data_offset)
         file.write(router.data[::-1].tobytes())
     assert np.abs(open_session(output, options).logits(tokens, 0) - before).max() > 1e-3 * np.abs(before).max()
+
+
+# ---- split output
+
+
+def shards_of(path: Path, size: int | str, source: Path, **options: Any) -> list[Path]:
+    report = prune(source, path, plan_for(source, KEPT), split_max_size=size, verify="full", **options)
+    return list(report.files)
+
+
+@pytest.mark.parametrize("changes", [{}, {"alignment": 256}, {"tokenizer": "words", "n_vocab": 300}])
+def test_a_split_output_holds_what_a_single_file_does(tmp_path: Path, changes: dict[str, Any]) -> None:
+    source = build_moe(tmp_path / "m.gguf", biases=True, **changes)
+    single = pruned(source)
+    files = shards_of(tmp_path / "s.gguf", 50_000, source)
+    count = len(files)
+    assert count >= 3
+    assert files == [tmp_path / f"s-{index + 1:05d}-of-{count:05d}.gguf" for index in range(count)]
+    assert all(path.stat().st_size <= 50_000 for path in files[1:])
+    readers = [GGUFReader(path) for path in files]
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    expected = GGUFReader(single).tensors
+    assert [tensor.name for tensor in tensors] == [tensor.name for tensor in expected]
+    for found, wanted in zip(tensors, expected, strict=True):
+        assert np.array_equal(found.data, wanted.data)
+        assert found.data_offset % int(changes.get("alignment", 32)) == 0
+    for index, path in enumerate(files):
+        split = {key: value for key, value in keys_of(path).items() if key.startswith("split.")}
+        assert split == {"split.no": ([2], index), "split.count": ([2], count), "split.tensors.count": ([5], len(expected))}
+    first = {key: value for key, value in keys_of(files[0]).items() if not key.startswith("split.")}
+    assert first == keys_of(single)
+    assert inspect(files[1]).fingerprint == inspect(single).fingerprint
+    assert inspect(files[0]).provenance == inspect(single).provenance
+    assert leftovers(tmp_path) == []
+
+
+def leftovers(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.name.startswith("."))
+
+
+def test_the_engine_loads_a_split_output(tmp_path: Path) -> None:
+    source = build_moe(tmp_path / "m.gguf", tokenizer="words", n_vocab=300)
+    options = EngineOptions(ctx_size=64, type_k="f32", type_v="f32", flash_attn="off", threads=1)
+    tokens = np.arange(20, dtype=np.int32)
+    files = shards_of(tmp_path / "s.gguf", 30_000, source)
+    logits = open_session(files[0], options).logits(tokens, 0)
+    np.testing.assert_array_equal(logits, open_session(pruned(source), options).logits(tokens, 0))
+    assert logits.shape == (20, 300)
+
+
+def test_a_dry_run_knows_every_shard_to_the_byte(tmp_path: Path) -> None:
+    source = build_moe(tmp_path / "m.gguf")
+    plan = plan_for(source, KEPT)
+    dry = prune(source, tmp_path / "s.gguf", plan, split_max_size="0.04M", dry_run=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    real = prune(source, tmp_path / "s.gguf", plan, split_max_size=40_000)
+    assert len(dry.files) > 1
+    assert dry.files == real.files == {path: path.stat().st_size for path in real.files}
+    assert dry.n_bytes_after == sum(real.files.values())
+    assert real.to_dict()["files"] == {str(path): n_bytes for path, n_bytes in real.files.items()}
+
+
+def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:
+    source = build_moe(tmp_path / "m.gguf")
+    files = shards_of(tmp_path / "s.gguf", 1, source)
+    assert [len(GGUFReader(path).tensors) for path in files] == [1] * len(GGUFReader(source).tensors)
+
+
+def test_what_fits_is_one_file_under_its_own_name(tmp_path: Path) -> None:
+    source = build_moe(tmp_path / "m.gguf")
+    assert shards_of(tmp_path / "s.gguf", "4G", source) == [tmp_path / "s.gguf"]
+    assert (tmp_path / "s.gguf").read_bytes() == pruned(source).read_bytes()
+
+
+def test_a_split_model_may_be_pruned_into_a_split_one(tmp_path: Path) -> None:
+    source = build_moe(tmp_path / "m.gguf")
+    everything = {0: range(8), 1: range(8)}
+    report = prune(source, tmp_path / "w.gguf", plan_for(source, everything), split_max_size=60_000)
+    first = report.output
+    again = prune(first, tmp_path / "s.gguf", plan_for(first, KEPT), split_max_size=30_000, verify="full")
+    merged = prune(again.output, tmp_path / "one.gguf", plan_for(again.output, {0: range(4), 1: range(4)}), verify="full")
+    assert_cut(source, merged.output, KEPT, WEIGHTS)
+    assert not [key for key in keys_of(merged.output) if key.startswith("split.")]
+    for shard in report.files:
+        with pytest.raises(UsageError, match="is the input"):
+            prune(first, shard, plan_for(first, KEPT), force=True)
+
+
+@pytest.mark.parametrize("size", ["", "4X", "G", "-1", "0", "1e9", "4 G", "0.0000001K", True, "9" * 40])
+def test_sizes_that_are_none(tmp_path: Path, size: Any) -> None:
+    source = build_moe(tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match="should be a number of bytes"):
+        prune(source, tmp_path / "s.gguf", plan_for(source, KEPT), split_max_size=size)
+
+
+def test_a_split_output_must_not_be_named_like_a_shard(tmp_path: Path) -> None:
+    source = build_moe(tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match="named like one shard"):
+        shards_of(tmp_path / "s-00001-of-00002.gguf", 30_000, source)
+
+
+def test_a_shard_that_exists_is_replaced_only_by_force(tmp_path: Path) -> None:
+    source = build_moe(tmp_path / "m.gguf")
+    files = shards_of(tmp_path / "s.gguf", 30_000, source)
+    for path in (*files[:1], *files[2:]):
+        path.unlink()
+    files[1].write_text("precious")
+    with pytest.raises(UsageError, match=rf"{files[1].name}: exists already"):
+        shards_of(tmp_path / "s.gguf", 30_000, source)
+    assert files[1].read_text() == "precious"
+    assert shards_of(tmp_path / "s.gguf", 30_000, source, force=True) == files
+    assert inspect(files[0]).n_experts == 4
+
+
+def test_a_partial_set_is_refused_by_name(tmp_path: Path) -> None:
+    source = build_moe(tmp_path / "m.gguf")
+    files = shards_of(tmp_path / "s.gguf", 30_000, source)
+    for missing, opened in ((0, 1), (1, 0), (len(files) - 1, 0)):
+        content = files[missing].read_bytes()
+        files[missing].unlink()
+        with pytest.raises(FormatError, match=rf"{files[missing].name}: is missing, .* the set is not complete"):
+            inspect(files[opened])
+        files[missing].write_bytes(content)
+    inspect(files[0])

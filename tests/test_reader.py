@@ -408,7 +408,7 @@ def test_any_shard_opens_the_whole_split_model(shards: list[Path], which: int) -
 
 def test_a_missing_shard_is_named(shards: list[Path]) -> None:
     shards[1].unlink()
-    with pytest.raises(UsageError, match="big-00002-of-00003"):
+    with pytest.raises(FormatError, match=r"big-00002-of-00003\.gguf: is missing"):
         GGUFModel.open(shards[0])
 
 

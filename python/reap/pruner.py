@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from reap.errors import FormatError, MismatchError, OutputError, UnsupportedModelError, UsageError
 from reap.gguf.experts import ExpertLayout, gates_depend_on_all, read_count, read_layout
-from reap.gguf.reader import GGUFModel, TensorInfo, ValueType
-from reap.gguf.writer import NewFile, NewTensor, Piece, Span, check_output, check_space, edit_metadata, encode_pair, merge_spans, write
+from reap.gguf.imatrix import Experts, Imatrix, output_name, read_imatrix
+from reap.gguf.reader import GGUFModel, TensorInfo, ValueType, is_shard_name, shard_path
+from reap.gguf.verification import Check
+from reap.gguf.writer import (
+    NewFile,
+    NewTensor,
+    Piece,
+    Span,
+    Writable,
+    check_output,
+    check_space,
+    edit_metadata,
+    encode_pair,
+    merge_spans,
+    split,
+    write_set,
+)
 from reap.inspector import PROVENANCE_PREFIX, ModelInfo, describe, require_moe
 from reap.planner import PrunePlan, router_warning
 from reap.progress import ProgressCallback
@@ -22,20 +40,25 @@ from reap.ranking import check_keep, resolve_keep
 Verify = Literal["fast", "full", "none"]
 Kept = Mapping[int, tuple[int, ...]]
 VERIFY_MODES = ("fast", "full", "none")
-_SAMPLE_BYTES = 4096
-_COMPARE_BYTES = 8 << 20
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+# split.no and split.count are 16 bits wide, and names have five digits
+_MOST_SHARDS = 65_535
+_SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([KMGT]?)", re.ASCII)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
 class PruneReport:
     """What `prune` did, or would do. Sizes in bytes, exact; layers are GGUF block indices.
 
-    kept, removed: layer -> expert ids of the source, ascending. seconds: the call took. warnings: sentences worth reading.
+    output: the file to load the new model from; files: every file written -> its size, the shards of a split model in order and then
+    the importance matrix. n_bytes_after: of the model. kept, removed: layer -> expert ids of the source, ascending. seconds: the call
+    took. warnings: sentences worth reading.
     """
 
     source: Path
     output: Path
+    files: dict[Path, int]
     n_bytes_before: int
     n_bytes_after: int
     n_experts_before: int
@@ -50,7 +73,8 @@ class PruneReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types; layers become strings."""
         layers = {name: {str(layer): list(ids) for layer, ids in getattr(self, name).items()} for name in ("kept", "removed")}
-        return {**asdict(self), "source": str(self.source), "output": str(self.output), **layers}
+        paths = {"source": str(self.source), "output": str(self.output)}
+        return {**asdict(self), **paths, "files": {str(path): n_bytes for path, n_bytes in self.files.items()}, **layers}
 
 
 def prune(
@@ -62,6 +86,9 @@ def prune(
     force: bool = False,
     dry_run: bool = False,
     verify: Verify = "fast",
+    split_max_size: int | str | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
+    imatrix_output: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> PruneReport:
     """Write `source` without the experts that `plan` removes.
@@ -69,34 +96,106 @@ def prune(
     output   appears whole or not at all; `force` replaces a file that is there
     plan     a PrunePlan or the path of one; it must be of this model (or of another quantisation of it)
     name     a new general.name; nothing else of the source's metadata changes except the expert count
-    dry_run  check everything, compute the exact size, write nothing
+    dry_run  check everything, compute the exact sizes, write nothing
     verify   before the output gets its name: "fast" reads it back and compares its structure and samples of every tensor,
              "full" compares every byte, "none" nothing
+    split_max_size  bytes, or a text like "4G" (10^9, as llama.cpp has it): a larger output becomes OUTPUT-00001-of-0000N.gguf, each
+             at most so large; only a tensor that is larger has a file larger than that, of its own
+    imatrix  an importance matrix of the source, cut to the same experts and written to `imatrix_output`
+             (None: beside the output, small.gguf -> small.imatrix.gguf, or small.imatrix where it has the older form)
     progress called with bytes written, of bytes in all
 
-    Raises UsageError (paths, options, a plan that no such model can follow), MismatchError (a plan of another model), FormatError (a
-    damaged file), UnsupportedModelError (a dense model, or one whose experts cannot be cut), OutputError (could not write).
+    Raises UsageError (paths, options, a plan that no such model can follow), MismatchError (a plan or a matrix of another model),
+    FormatError (a damaged file), UnsupportedModelError (a dense model, or one whose experts cannot be cut), OutputError (could not write).
     """
     started = time.perf_counter()
     _check_options(name, verify)
-    inputs = [] if isinstance(plan, PrunePlan) else [Path(plan)]
+    max_bytes = None if split_max_size is None else parse_size(split_max_size)
+    inputs = [Path(path) for path in (plan, imatrix) if path is not None and not isinstance(path, PrunePlan)]
     the_plan = plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
-    target = Path(output)
-    with GGUFModel.open(source) as model:
-        check_output(target, [*inputs, *(file.path for file in model.files)], force=force)
+    with ExitStack() as stack:
+        model = stack.enter_context(GGUFModel.open(source))
+        matrix = None if imatrix is None else stack.enter_context(read_imatrix(imatrix))
+        inputs += [file.path for file in model.files]
         info, layout = describe(model), read_layout(model)
+        check_output(Path(output), inputs, force=force or max_bytes is not None)
         check_plan(info, the_plan)
         _check_loadable(model, layout, the_plan)
         kept = {layer: tuple(int(expert) for expert in the_plan.layers[layer]) for layer in layout.moe_layers}
-        new_file = _new_file(model, layout, the_plan, kept, info, name)
+        whole = _new_file(model, layout, the_plan, kept, info, name)
+        shards = _shards(whole, Path(output), max_bytes)
+        outputs: list[tuple[Path, Writable]] = [*shards]
+        experts = _imatrix_experts(layout, kept)
+        if matrix is not None:
+            target = Path(imatrix_output) if imatrix_output is not None else output_name(Path(output), is_legacy=matrix.is_legacy)
+            outputs.append((target, matrix.cut(experts)))
+        _check_outputs([path for path, _ in outputs], inputs, force=force)
         if not dry_run:
-            check = None if verify == "none" else _Check(model, layout, kept, new_file, target, verify)
-            write(target, new_file, force=force, check=check, progress=progress)
-        warnings = tuple(_warnings(model, info, the_plan, target, new_file, dry_run))
-    n_bytes = new_file.n_bytes
-    removed = {layer: the_plan.removed(layer) for layer in kept}
-    counts = (info.n_bytes, n_bytes, info.n_experts, the_plan.keep)
-    return PruneReport(info.path, target, *counts, kept, removed, the_plan.metric, dry_run, time.perf_counter() - started, warnings)
+            new_files = [new_file for _, new_file in shards]
+            check = Check(model, layout, kept, new_files, outputs[0][0], verify == "full", matrix, experts)
+            write_set(outputs, force=force, check=None if verify == "none" else check, progress=progress)
+        warnings = tuple(_warnings(model, info, the_plan, outputs, matrix, experts, dry_run))
+    return PruneReport(
+        source=info.path,
+        output=outputs[0][0],
+        files={path: new_file.n_bytes for path, new_file in outputs},
+        n_bytes_before=info.n_bytes,
+        n_bytes_after=sum(new_file.n_bytes for _, new_file in shards),
+        n_experts_before=info.n_experts,
+        n_experts_after=the_plan.keep,
+        kept=kept,
+        removed={layer: the_plan.removed(layer) for layer in kept},
+        metric=the_plan.metric,
+        dry_run=dry_run,
+        seconds=time.perf_counter() - started,
+        warnings=warnings,
+    )
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes: a number, or a text like "500M" or "4.5G", in powers of a thousand as in llama.cpp. Raises UsageError."""
+    match = None if isinstance(size, bool) else _SIZE.fullmatch(str(size))
+    n_bytes = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
+    if n_bytes < 1:
+        raise UsageError(f"size {size!r} should be a number of bytes, or one with K, M, G or T behind it, such as 4G")
+    return n_bytes
+
+
+def _shards(whole: NewFile, output: Path, max_bytes: int | None) -> list[tuple[Path, NewFile]]:
+    """The file, or the files that it becomes: path and contents, in order."""
+    if max_bytes is None:
+        return [(output, whole)]
+    if is_shard_name(output.name):
+        raise UsageError(f"{output}: is named like one shard of a split model; name the whole, and the shards are named after it")
+    n_tensors = len(whole.tensors)
+
+    def pairs(index: int, count: int) -> Iterator[bytes]:
+        # types and order of llama.cpp's tools/gguf-split
+        yield encode_pair("split.no", index, ValueType.UINT16)
+        yield encode_pair("split.count", count, ValueType.UINT16)
+        yield encode_pair("split.tensors.count", n_tensors, ValueType.INT32)
+
+    try:
+        files = split(whole, max_bytes, pairs)
+    except FormatError:
+        raise UsageError(f"{output}: split_max_size {max_bytes:,} makes more than {_MOST_SHARDS:,} shards") from None
+    if len(files) == 1:
+        return [(output, whole)]
+    stem = output.with_suffix("") if output.suffix == ".gguf" else output
+    return [(shard_path(stem, index, len(files)), new_file) for index, new_file in enumerate(files)]
+
+
+def _check_outputs(outputs: list[Path], inputs: list[Path], *, force: bool) -> None:
+    for path in outputs:
+        check_output(path, inputs, force=force)
+    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
+        raise UsageError(f"{outputs[-1]}: is the output for the model as well")
+
+
+def _imatrix_experts(layout: ExpertLayout, kept: Kept) -> dict[str, Experts]:
+    """Tensors that an importance matrix may speak of one expert at a time."""
+    weights = (tensor for tensor in layout.experts if tensor.name.endswith(".weight"))
+    return {tensor.name: Experts(tensor.shape[0], layout.n_experts, kept[layout.cut[tensor.name]]) for tensor in weights}
 
 
 def _check_options(name: str | None, verify: str) -> None:
@@ -177,8 +276,7 @@ def _new_file(model: GGUFModel, layout: ExpertLayout, plan: PrunePlan, kept: Kep
         else:
             append.insert(0, pair)
     drop = {key for key in model.metadata if key.startswith(PROVENANCE_PREFIX)}
-    if len(model.files) > 1:
-        drop.update(_SPLIT_KEYS)
+    drop.update(_SPLIT_KEYS)
     n_keys, metadata = edit_metadata(model.files[0], replace=replace, drop=drop, append=append)
     return NewFile(model.version, model.alignment, n_keys, metadata, tensors)
 
@@ -228,70 +326,18 @@ def _origin(model: GGUFModel, info: ModelInfo) -> tuple[str, int, dict[int, tupl
     return fingerprint, n_experts, original
 
 
-# ---- is what was written what was meant
-
-
-@dataclass(frozen=True)
-class _Check:
-    """Reads the new file back and compares it with the source. It shares no arithmetic with the ranges that were copied."""
-
-    model: GGUFModel
-    layout: ExpertLayout
-    kept: Kept
-    new_file: NewFile
-    output: Path
-    verify: Verify
-
-    def __call__(self, temporary: Path) -> None:
-        try:
-            with GGUFModel.open(temporary) as written:
-                self.structure(written)
-                for tensor in self.model.tensors.values():
-                    self.contents(tensor, written)
-        except FormatError as error:
-            raise OutputError(f"{self.output}: was not written as it should be: {error}") from None
-
-    def structure(self, written: GGUFModel) -> None:
-        expected = [(tensor.name, tensor.shape, tensor.type) for tensor in self.new_file.tensors]
-        found = [(tensor.name, tensor.shape, tensor.type) for tensor in written.tensors.values()]
-        if found != expected or written.size != self.new_file.n_bytes or len(written.metadata) != self.new_file.n_keys:
-            raise FormatError("its header differs from what was to be written")
-        layout = read_layout(written)
-        if layout.moe_layers != self.layout.moe_layers or any(len(kept) != layout.n_experts for kept in self.kept.values()):
-            raise FormatError("its experts differ from the plan")
-
-    def contents(self, tensor: TensorInfo, written: GGUFModel) -> None:
-        source, target = self.model.files[tensor.shard], written.files[0]
-        for offset, new_offset, n_bytes in self.pairs(tensor, written.tensors[tensor.name]):
-            for start, length in _chunks(n_bytes, full=self.verify == "full"):
-                if source.read_range(offset + start, length) != target.read_range(new_offset + start, length):
-                    raise FormatError(f"{tensor.name} differs from the source's at byte {new_offset + start:,}")
-
-    def pairs(self, tensor: TensorInfo, new: TensorInfo) -> list[tuple[int, int, int]]:
-        """(offset in the source, offset in the new file, bytes) of each kept expert, or of the whole tensor."""
-        layer = self.layout.cut.get(tensor.name)
-        if layer is None:
-            return [(tensor.offset_bytes, new.offset_bytes, tensor.n_bytes)]
-        size = tensor.n_bytes // self.layout.n_experts
-        pairs = [(tensor.offset_bytes + size * expert, new.offset_bytes + size * row, size) for row, expert in enumerate(self.kept[layer])]
-        return pairs if self.verify == "full" else [pairs[0], pairs[-1]]
-
-
-def _chunks(n_bytes: int, *, full: bool) -> Iterator[tuple[int, int]]:
-    """(start, length) of what to compare: everything in pieces, or the first and the last few KiB."""
-    if full:
-        for start in range(0, n_bytes, _COMPARE_BYTES):
-            yield start, min(_COMPARE_BYTES, n_bytes - start)
-    else:
-        length = min(_SAMPLE_BYTES, n_bytes)
-        yield 0, length
-        yield n_bytes - length, length
-
-
 # ---- what a reader of the report should know
 
 
-def _warnings(model: GGUFModel, info: ModelInfo, plan: PrunePlan, output: Path, new_file: NewFile, dry_run: bool) -> Iterator[str]:
+def _warnings(
+    model: GGUFModel,
+    info: ModelInfo,
+    plan: PrunePlan,
+    outputs: list[tuple[Path, Writable]],
+    matrix: Imatrix | None,
+    experts: Mapping[str, Experts],
+    dry_run: bool,
+) -> Iterator[str]:
     if plan.fingerprint is None:
         yield "the plan does not say which model it was made for; only layers and expert counts were compared"
     router = plan.model.get("router_fingerprint")
@@ -307,8 +353,11 @@ def _warnings(model: GGUFModel, info: ModelInfo, plan: PrunePlan, output: Path, 
     slower = router_warning(plan.keep, info.n_experts)
     if slower is not None:
         yield slower
+    missing = matrix.missing(experts) if matrix is not None else []
+    if missing:
+        yield f"the importance matrix says nothing about {len(missing)} tensors of experts, such as {missing[0]}"
     if dry_run:
         try:
-            check_space(output, new_file.n_bytes)
+            check_space(outputs[0][0], sum(new_file.n_bytes for _, new_file in outputs))
         except OutputError as error:
             yield str(error)

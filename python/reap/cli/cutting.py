@@ -101,9 +101,18 @@ def prune(
     verify: Annotated[str, typer.Option("--verify", metavar="fast|full|none", help="How much of the output to read back.")] = "fast",
     name: Annotated[str | None, typer.Option("--name", help="New general.name; nothing else of the metadata changes.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    split_max_size: Annotated[
+        str | None, typer.Option("--split-max-size", metavar="N[K|M|G|T]", help="Most bytes of one file: OUT-00001-of-0000N.gguf.")
+    ] = None,
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", metavar="FILE", help="An importance matrix to cut as well.")] = None,
+    imatrix_out: Annotated[
+        Path | None, typer.Option("--imatrix-out", metavar="FILE", help="Where it goes; OUT.imatrix.gguf by default.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a model without the experts that a plan removes."""
+    if imatrix_out is not None and imatrix is None:
+        raise UsageError("--imatrix-out needs --imatrix")
     chosen = _the_plan(plan, profile, keep, metric)
     with progress_bar("writing") as progress:
         report = reap.prune(
@@ -114,6 +123,9 @@ def prune(
             force=force,
             dry_run=dry_run,
             verify=verify,  # type: ignore[arg-type]  # any other word is refused there
+            split_max_size=split_max_size,
+            imatrix=imatrix,
+            imatrix_output=imatrix_out,
             progress=progress,
         )
     if json:
@@ -132,10 +144,11 @@ def _the_plan(plan: Path | None, profile: Path | None, keep: str | None, metric:
 def _report_facts(report: PruneReport) -> list[tuple[str, object]]:
     share = report.n_bytes_after / max(report.n_bytes_before, 1)
     return [
-        ("would write" if report.dry_run else "wrote", report.output),
+        *(("would write" if report.dry_run else "wrote", f"{path} ({n_bytes:,} bytes)") for path, n_bytes in report.files.items()),
         (
             "size",
-            f"{bytes_text(report.n_bytes_after)} ({report.n_bytes_after:,} bytes), {share:.1%} of {bytes_text(report.n_bytes_before)}",
+            f"{bytes_text(report.n_bytes_after)} ({report.n_bytes_after:,} bytes), {share:.1%} of {bytes_text(report.n_bytes_before)}"
+            f" ({report.n_bytes_before:,} bytes)",
         ),
         ("experts", f"{report.n_experts_after} of {report.n_experts_before} in each of {len(report.kept)} layers, by {report.metric}"),
         ("time", f"{report.seconds:.1f} s"),

@@ -18,9 +18,12 @@ from enum import IntEnum
 from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reap.errors import FormatError, UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -358,61 +361,25 @@ class _Parser:
             end, previous = tensor.offset_bytes + tensor.n_bytes, tensor.name
 
 
-class GGUFFile:
-    """One open GGUF file. Use it as a context manager; views it handed out keep the mapping alive.
+class RegularFile:
+    """An open file whose bytes can be copied. Use it as a context manager.
 
-    path: as it was given. size, alignment: bytes. version: 2 or 3. data_offset: where tensor data begins.
-    metadata: key -> `MetadataValue`, tensors: name -> `TensorInfo`, both in file order.
+    path: as it was given. size: bytes, when it was opened.
     """
 
     path: Path
     size: int
-    version: int
-    alignment: int
-    data_offset: int
-    metadata: Mapping[str, MetadataValue]
-    tensors: Mapping[str, TensorInfo]
 
-    def __init__(self, path: Path, fd: int, shard: int) -> None:
+    def __init__(self, path: Path, fd: int) -> None:
         """Takes over `fd`, an open regular file. Use `open`."""
         self.path, self._fd = path, fd
-        self._view: memoryview | None = None
-        try:
-            self._parse(shard)
-        except BaseException:
-            self.close()
-            raise
+        self.size = os.fstat(fd).st_size
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, shard: int = 0) -> GGUFFile:
-        """Open `path` and read its header.
-
-        Raises UsageError if it is not a readable regular file, FormatError if it is not a sound GGUF file.
-        """
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open `path`. Raises UsageError if it is not a readable regular file; a pipe is refused without waiting for its writer."""
         where = Path(path)
-        return cls(where, _open_regular(where), shard)
-
-    def _parse(self, shard: int) -> None:
-        self.size = os.fstat(self._fd).st_size
-        if self.size < _HEADER.size:
-            raise FormatError(f"{self.path}: not a GGUF file: {self.size} bytes are too few for a header")
-        self._view = memoryview(mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ))
-        parser = _Parser(self.path, self._view, shard)
-        self.version, n_tensors, n_keys = parser.header()
-        metadata = parser.metadata(n_keys)
-        self.alignment = parser.alignment(metadata)
-        tensors, self.data_offset = parser.tensors(n_tensors, self.alignment)
-        self.metadata, self.tensors = MappingProxyType(metadata), MappingProxyType(tensors)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The decoded value of a metadata key, or `default`."""
-        found = self.metadata.get(key)
-        return default if found is None else found.value
-
-    def data(self, tensor: TensorInfo) -> memoryview:
-        """The bytes of a tensor of this file, without a copy."""
-        assert self._view is not None
-        return self._view[tensor.offset_bytes : tensor.offset_bytes + tensor.n_bytes]
+        return cls(where, _open_regular(where))
 
     def fileno(self) -> int:
         """The descriptor, for copies that stay in the kernel."""
@@ -433,14 +400,12 @@ class GGUFFile:
         return b"".join(parts)
 
     def close(self) -> None:
-        """Close the descriptor; the mapping goes with the last view of it. Calling it again does nothing."""
+        """Close the descriptor. Calling it again does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-        if self._view is not None:
-            self._view.release()
 
-    def __enter__(self) -> GGUFFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -449,6 +414,71 @@ class GGUFFile:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
+
+
+class GGUFFile(RegularFile):
+    """One open GGUF file. Use it as a context manager; views it handed out keep the mapping alive.
+
+    version: 2 or 3. alignment: bytes. data_offset: where tensor data begins.
+    metadata: key -> `MetadataValue`, tensors: name -> `TensorInfo`, both in file order.
+    """
+
+    version: int
+    alignment: int
+    data_offset: int
+    metadata: Mapping[str, MetadataValue]
+    tensors: Mapping[str, TensorInfo]
+
+    def __init__(self, path: Path, fd: int, shard: int = 0) -> None:
+        """Takes over `fd`, an open regular file. Use `open` or `open_shard`."""
+        super().__init__(path, fd)
+        self._view: memoryview | None = None
+        try:
+            self._parse(shard)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open `path` and read its header.
+
+        Raises UsageError if it is not a readable regular file, FormatError if it is not a sound GGUF file.
+        """
+        return super().open(path)
+
+    @classmethod
+    def open_shard(cls, path: str | os.PathLike[str], shard: int) -> Self:
+        """The same; its tensors say that they are in shard `shard`, counted from 0."""
+        where = Path(path)
+        return cls(where, _open_regular(where), shard)
+
+    def _parse(self, shard: int) -> None:
+        if self.size < _HEADER.size:
+            raise FormatError(f"{self.path}: not a GGUF file: {self.size} bytes are too few for a header")
+        self._view = memoryview(mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ))
+        parser = _Parser(self.path, self._view, shard)
+        self.version, n_tensors, n_keys = parser.header()
+        metadata = parser.metadata(n_keys)
+        self.alignment = parser.alignment(metadata)
+        tensors, self.data_offset = parser.tensors(n_tensors, self.alignment)
+        self.metadata, self.tensors = MappingProxyType(metadata), MappingProxyType(tensors)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The decoded value of a metadata key, or `default`."""
+        found = self.metadata.get(key)
+        return default if found is None else found.value
+
+    def data(self, tensor: TensorInfo) -> memoryview:
+        """The bytes of a tensor of this file, without a copy."""
+        assert self._view is not None
+        return self._view[tensor.offset_bytes : tensor.offset_bytes + tensor.n_bytes]
+
+    def close(self) -> None:
+        """Close the descriptor; the mapping goes with the last view of it. Calling it again does nothing."""
+        super().close()
+        if getattr(self, "_view", None) is not None:
+            self._view.release()  # type: ignore[union-attr]
 
 
 def _open_regular(path: Path) -> int:
@@ -564,6 +594,16 @@ class GGUFModel:
         self.close()
 
 
+def shard_path(stem: Path, index: int, count: int) -> Path:
+    """STEM-00001-of-00003.gguf for `index` 0 of 3: how llama.cpp names the shards of a split model."""
+    return stem.with_name(f"{stem.name}-{index + 1:05d}-of-{count:05d}.gguf")
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a file name looks like NAME-00001-of-00003.gguf."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
 def _split_count(file: GGUFFile) -> int:
     return _split_key(file, "split.count", 1)
 
@@ -588,8 +628,10 @@ def _open_shards(given: GGUFFile, opened: list[GGUFFile]) -> list[GGUFFile]:
         )
     shards = []
     for index in range(count):
-        path = given.path.with_name(f"{match['stem']}-{index + 1:05d}-of-{count:05d}.gguf")
-        shard = GGUFFile.open(path, shard=index)
+        path = shard_path(given.path.parent / match["stem"], index, count)
+        if not path.exists():
+            raise FormatError(f"{path}: is missing, but {given.path.name} is one of {count} shards of a model: the set is not complete")
+        shard = GGUFFile.open_shard(path, index)
         opened.append(shard)
         number = _split_key(shard, "split.no", -1)
         if number != index or _split_count(shard) != count:

@@ -1,7 +1,7 @@
 """Writes GGUF files made of byte ranges of other files; it knows nothing of experts.
 
-A `NewFile` says what the file will hold, down to the last byte, before anything is written. `write` then copies the ranges inside
-the kernel where it can, to a temporary file beside the output, which takes the output's place only when it is complete.
+A `NewFile` says what the file will hold, down to the last byte, before anything is written. `write_set` then copies the ranges inside
+the kernel where it can, to temporary files beside the outputs, which take the outputs' places only when all are complete.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import re
 import secrets
 import stat
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reap.errors import FormatError, OutputError, UsageError
-from reap.gguf.reader import MAGIC, SCALAR_CODES, GGUFFile, ValueType, pad
+from reap.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, SCALAR_CODES, GGUFFile, RegularFile, ValueType, pad
 from reap.progress import Progress, ProgressCallback
 
 BUFFER_BYTES = 8 << 20
@@ -33,13 +33,15 @@ _NOT_OFFERED = frozenset(
 )
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _TEMPORARY_SUFFIX = ".reap-tmp"
+_SHARD_SUFFIX = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+_HEADER_BYTES = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """`n_bytes` bytes of an open file, from `offset` on."""
 
-    file: GGUFFile
+    file: RegularFile
     offset: int
     n_bytes: int
 
@@ -65,6 +67,33 @@ def merge_spans(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
         else:
             merged.append(piece)
     return tuple(merged)
+
+
+class Writable(Protocol):
+    """What `write` can write: pieces in order, and their exact size in bytes."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """The whole file, in order."""
+
+    @property
+    def n_bytes(self) -> int:
+        """The exact size of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawFile:
+    """A file to write that is nothing but its pieces."""
+
+    parts: tuple[Piece, ...]
+
+    def pieces(self) -> Iterator[Piece]:
+        """The whole file, in order."""
+        return iter(self.parts)
+
+    @property
+    def n_bytes(self) -> int:
+        """The exact size of the file."""
+        return _size(self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +139,40 @@ class NewFile:
     def _tensor_table(self) -> bytes:
         entries, offset = [], 0
         for tensor in self.tensors:
-            name = tensor.name.encode()
-            n_dims = len(tensor.shape)
-            entries.append(struct.pack("<Q", len(name)) + name)
-            entries.append(struct.pack(f"<I{n_dims}QIQ", n_dims, *tensor.shape, tensor.type, offset))
+            entries.append(_table_entry(tensor, offset))
             offset += pad(tensor.n_bytes, self.alignment)
         return b"".join(entries)
+
+
+def _table_entry(tensor: NewTensor, offset: int) -> bytes:
+    name, n_dims = tensor.name.encode(), len(tensor.shape)
+    return struct.pack("<Q", len(name)) + name + struct.pack(f"<I{n_dims}QIQ", n_dims, *tensor.shape, tensor.type, offset)
+
+
+def split(whole: NewFile, max_bytes: int, pairs: Callable[[int, int], Iterable[bytes]]) -> tuple[NewFile, ...]:
+    """`whole` as shards of at most `max_bytes` each, tensors in order, the metadata in the first; one that fits is one shard.
+
+    pairs: (shard, shards) -> encoded pairs that every shard carries at its end. A tensor that is larger has a shard of its own.
+    """
+    if whole.n_bytes <= max_bytes:
+        return (whole,)
+    extra = tuple(pairs(0, 0))
+    own = [] if whole.alignment == DEFAULT_ALIGNMENT else [encode_pair("general.alignment", whole.alignment, ValueType.UINT32)]
+    groups: list[list[NewTensor]] = [[]]
+    header, data = _HEADER_BYTES + _size(whole.metadata) + _size(extra), 0
+    for tensor in whole.tensors:
+        entry, n_bytes = len(_table_entry(tensor, 0)), pad(tensor.n_bytes, whole.alignment)
+        if groups[-1] and pad(header + entry, whole.alignment) + data + n_bytes > max_bytes:
+            groups.append([])
+            header, data = _HEADER_BYTES + _size(own) + _size(extra), 0
+        groups[-1].append(tensor)
+        header, data = header + entry, data + n_bytes
+    shards = []
+    for index, tensors in enumerate(groups):
+        added = tuple(pairs(index, len(groups)))
+        metadata, n_keys = (tuple(own), len(own)) if index else (whole.metadata, whole.n_keys)
+        shards.append(NewFile(whole.version, whole.alignment, n_keys + len(added), (*metadata, *added), tuple(tensors)))
+    return tuple(shards)
 
 
 # ---- metadata
@@ -198,27 +255,90 @@ def check_space(output: Path, n_bytes: int) -> None:
 
 def write(
     output: Path,
-    new_file: NewFile,
+    new_file: Writable,
     *,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Write `new_file` to `output`: whole, or not at all.
+    """Write `new_file` to `output`: whole, or not at all. As `write_set` with one file."""
 
-    check: called with the path of the complete temporary file before it takes the output's place; what it raises stops the write.
-    Raises OutputError where the file cannot be written, UsageError where `output` exists and `force` is not set, FormatError
+    def check_one(temporaries: Sequence[Path]) -> None:
+        if check is not None:
+            check(temporaries[0])
+
+    write_set([(output, new_file)], force=force, check=check_one, progress=progress)
+
+
+def write_set(
+    files: Sequence[tuple[Path, Writable]],
+    *,
+    force: bool = False,
+    check: Callable[[Sequence[Path]], None] | None = None,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Write files that belong together: all or none, as far as names can tell.
+
+    They get their names in reverse order when all are complete, so that the first, without which the others mean nothing, appears at
+    the very end; and where it replaces another, that one goes first of all. A process killed in between leaves no first file.
+    check: called with the paths of the complete temporary files before any takes its output's place; what it raises stops the write.
+    Raises OutputError where a file cannot be written, UsageError where an output exists and `force` is not set, FormatError
     where a source has become shorter. Whatever is raised, KeyboardInterrupt included, no temporary file stays behind.
     """
-    total = new_file.n_bytes
-    check_space(output, total)
-    with _explained(output), _temporary(_real(output)) as (fd, temporary):
-        _write_pieces(fd, new_file.pieces(), total, progress)
-        os.fsync(fd)
+    total = sum(new_file.n_bytes for _, new_file in files)
+    check_space(files[0][0], total)
+    counter = _Counter(total, progress)
+    with ExitStack() as stack:
+        temporaries = []
+        for output, new_file in files:
+            with _explained(output):
+                fd, temporary = stack.enter_context(_temporary(_real(output)))
+                _write_pieces(fd, new_file.pieces(), counter)
+                os.fsync(fd)
+                _forget_large(fd, total)
+            temporaries.append(temporary)
         if check is not None:
-            check(temporary)
-        _publish(temporary, _real(output), force=force)
-        _sync_directory(_real(output).parent)
+            with _explained(files[0][0]):
+                check(temporaries)
+        _publish_set([output for output, _ in files], temporaries, force=force)
+
+
+def _publish_set(outputs: Sequence[Path], temporaries: Sequence[Path], *, force: bool) -> None:
+    first, published = _real(outputs[0]), list[Path]()
+    with _explained(outputs[0]), _directory_lock(first.parent, needed=len(outputs) > 1):
+        try:
+            if len(outputs) > 1 and force:
+                with suppress(FileNotFoundError):
+                    first.unlink()
+                _sync_directory(first.parent)
+            for output, temporary in reversed(list(zip(outputs, temporaries, strict=True))):
+                with _explained(output):
+                    _publish(temporary, _real(output), force=force)
+                published.append(_real(output))
+                if len(outputs) > 1:  # the order of names must also be the order on the disk
+                    _sync_directory(published[-1].parent)
+        except BaseException:
+            if len(published) < len(outputs):
+                for output in published:
+                    with suppress(OSError):
+                        output.unlink()
+            raise
+        _sync_directory(first.parent)
+
+
+@contextmanager
+def _directory_lock(directory: Path, *, needed: bool) -> Iterator[None]:
+    """While the names of a set change: two sets with the same names would otherwise mix."""
+    if not needed:
+        yield
+        return
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextmanager
@@ -247,7 +367,7 @@ def _temporary(output: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _temporary_stem(output: Path) -> str:
-    name = output.name
+    name = _SHARD_SUFFIX.sub("", output.name)  # however many shards the next set has, it finds what this one left
     if len(os.fsencode(name)) > 200:  # the temporary name must stay below the 255 bytes of a file name
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return f".{name}."
@@ -318,14 +438,23 @@ def _sync_directory(directory: Path) -> None:
 # ---- copying
 
 
-def _write_pieces(fd: int, pieces: Iterable[Piece], total: int, progress: ProgressCallback | None) -> None:
-    done = 0
+class _Counter:
+    """Bytes done, of all files of a set."""
+
+    def __init__(self, total: int, progress: ProgressCallback | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add(self, n_bytes: int) -> None:
+        self.done += n_bytes
+        if self.progress is not None:
+            self.progress(Progress(self.done, self.total, "bytes"))
+
+
+def _write_pieces(fd: int, pieces: Iterable[Piece], counter: _Counter) -> None:
     copier = _Copier(fd)
     for piece in merge_spans(pieces):
         for n_bytes in copier.literal(piece) if isinstance(piece, bytes) else copier.span(piece):
-            done += n_bytes
-            if progress is not None:
-                progress(Progress(done, total, "bytes"))
+            counter.add(n_bytes)
 
 
 _Way = Callable[[int, int, int, int], int]
@@ -365,11 +494,14 @@ class _Copier:
         yield len(chunk)
 
     def span(self, span: Span) -> Iterator[int]:
-        offset, end = span.offset, span.offset + span.n_bytes
+        offset, end, source = span.offset, span.offset + span.n_bytes, span.file.fileno()
         while offset < end:
-            n_bytes = self.step(span.file.fileno(), offset, end - offset)
+            was_cached = _is_cached(source, offset)
+            n_bytes = self.step(source, offset, end - offset)
             if n_bytes == 0:
                 raise FormatError(f"{span.file.path}: ends at byte {offset:,}, but was longer when it was opened")
+            if not was_cached:
+                _forget(source, offset, n_bytes)
             offset += n_bytes
             yield n_bytes
 
@@ -385,3 +517,31 @@ class _Copier:
             # not offered, or nothing copied although there is more: some file systems lie about both
             del self.ways[0]
         return self.ways[0](source, self.target, offset, n_bytes)
+
+
+# ---- the page cache, which belongs to others as well
+
+
+def _is_cached(fd: int, offset: int) -> bool:
+    """Whether the byte at `offset` is in memory already; True where the system cannot tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _forget(fd: int, offset: int, n_bytes: int) -> None:
+    """Let go of pages that were read for this copy only. Small ranges are left to the system."""
+    if n_bytes >= BUFFER_BYTES and hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _forget_large(fd: int, n_bytes: int) -> None:
+    """Let go of a written file that would take more than a quarter of the memory."""
+    if n_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4:
+        _forget(fd, 0, n_bytes)
