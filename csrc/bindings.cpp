@@ -63,12 +63,12 @@ void forward(Session & session, const Ids & tokens, bool all_logits) {
 }
 
 py::dict sums(const Session & session, size_t group) {
-    const reap::Saliency & saliency = session.saliency();
-    if (group >= saliency.n_groups()) {
+    if (group >= session.n_groups()) {
         throw py::index_error("group");
     }
-    const reap::Sums & sums = saliency.sums(group);
-    const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(saliency.n_layers()), static_cast<py::ssize_t>(saliency.n_experts())};
+    const reap::Sums sums = session.sums(group);
+    const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(sums.total_tokens.size()),
+                                            static_cast<py::ssize_t>(session.n_experts())};
     py::dict result;
     result["counts"] = to_numpy(sums.counts, shape);
     result["gate_sum"] = to_numpy(sums.gate, shape);
@@ -192,6 +192,7 @@ PYBIND11_MODULE(_core, m) {
         .def_readwrite("type_k", &SessionOptions::type_k)
         .def_readwrite("type_v", &SessionOptions::type_v)
         .def_readwrite("flash_attn", &SessionOptions::flash_attn)
+        .def_readwrite("prediction_layer", &SessionOptions::prediction_layer)
         .def_readwrite("use_mmap", &SessionOptions::use_mmap)
         .def_readwrite("repack", &SessionOptions::repack)
         .def_readwrite("head_on_host", &SessionOptions::head_on_host)
@@ -230,7 +231,7 @@ PYBIND11_MODULE(_core, m) {
         .def("restore", &restore, py::arg("group"), py::arg("sums"), py::arg("n_units"))
         .def_property_readonly("units", &Session::units)
         .def("discard", &Session::discard)
-        .def_property_readonly("n_groups", [](const Session & session) { return session.saliency().n_groups(); })
+        .def_property_readonly("n_groups", [](const Session & session) { return session.n_groups(); })
         .def("sums", &sums, py::arg("group"))
         .def("collector_stats", &collector_stats)
         .def("logits", &logits, py::arg("tokens"), py::arg("first"))

@@ -72,6 +72,9 @@ bool Collector::on_ask(ggml_tensor * node) {
     if (stopped_ || abandoned_) {
         return true;  // computes this one node of the split; on_stop ends it there
     }
+    if (!hidden_node_.empty() && node->name == hidden_node_) {
+        return true;
+    }
     const NodeName name = parse_node_name(node->name);
     if (name.role == Role::None) {
         return false;
@@ -116,6 +119,12 @@ bool Collector::on_stop(ggml_tensor * node) {
     if (poll_ && poll_()) {
         throw Interrupted();
     }
+    if (!hidden_node_.empty() && node->name == hidden_node_) {
+        reader_.read_f32(node, floats_);
+        hidden_.insert(hidden_.end(), floats_.begin(), floats_.end());
+        stopped_ = stop_early_;
+        return !stopped_;
+    }
     const NodeName name = parse_node_name(node->name);
     const LayerPlan & plan = plans_.at(name.layer);
     LayerState & state = states_[name.layer];
@@ -131,7 +140,7 @@ bool Collector::on_stop(ggml_tensor * node) {
         } catch (const EngineError & error) {
             throw EngineError(in_layer(name.layer) + error.what());
         }
-        stopped_ = stop_early_ && name.layer == last_layer_;
+        stopped_ = stop_early_ && !keep_hidden_ && name.layer == last_layer_;
     }
     stats_.stops += 1;
     stats_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -191,6 +200,7 @@ void Collector::end_survey(const std::vector<int> & layers, size_t n_experts) {
         throw EngineError("the engine computed nothing");
     }
     first_node_ = seen_.front().name;
+    hidden_node_ = keep_hidden_ ? find_hidden() : "";
     plans_.clear();
     states_.clear();
     std::set<int> expected(layers.begin(), layers.end());
@@ -217,6 +227,15 @@ void Collector::end_survey(const std::vector<int> & layers, size_t n_experts) {
     saliency_ = std::make_unique<Saliency>(layers.size(), n_experts);
     units_ = 0;
     seen_.clear();
+}
+
+std::string Collector::find_hidden() const {
+    for (const std::string_view name : PREDICTION_INPUTS) {
+        if (std::any_of(seen_.begin(), seen_.end(), [&](const Seen & seen) { return seen.name == name; })) {
+            return std::string(name);
+        }
+    }
+    throw UnsupportedError("the graph shows no hidden states that a prediction block could be fed with");
 }
 
 // The nodes (indices of seen_) of the layer's block of routed experts: from its ids to the next ids of the same layer.
@@ -301,6 +320,7 @@ void Collector::begin_batch(const int32_t * groups, size_t n_tokens) {
     mode_ = Mode::Collect;
     groups_ = groups;
     n_tokens_ = n_tokens;
+    hidden_.clear();
     const int32_t last_group = *std::max_element(groups, groups + n_tokens);
     saliency_->reserve_groups(static_cast<size_t>(std::max(0, last_group)) + 1);
     abandoned_ = false;

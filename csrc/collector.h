@@ -38,6 +38,9 @@ class Collector {
     void set_reduce_on_device(bool reduce) { reader_.set_reduce_on_device(reduce); }
     // false: let the rest of the graph run after the last MoE layer, for comparison
     void set_stop_early(bool stop) { stop_early_ = stop; }
+    // true: go on behind the last MoE layer to the hidden states for a prediction block, and keep those of the batch
+    void set_keep_hidden(bool keep) { keep_hidden_ = keep; }
+    const std::vector<float> & hidden() const { return hidden_; }  // [n_tokens][n_embd]
 
     // The survey: begin, decode a few tokens, end. `layers` are the MoE layers that the model's file has, ascending.
     void begin_survey();
@@ -95,6 +98,7 @@ class Collector {
     void begin_graph();
     bool on_stop(ggml_tensor * node);
     void survey(ggml_tensor * node);
+    std::string find_hidden() const;
     std::vector<size_t> routing_block(int layer) const;
     LayerPlan plan_layer(int layer) const;
     bool read_later(const ggml_tensor * tensor, size_t stop) const;
@@ -103,6 +107,7 @@ class Collector {
     Mode mode_ = Mode::Idle;
     std::vector<Seen>         seen_;
     std::string               first_node_;  // with it, a graph begins
+    std::string               hidden_node_;  // what is kept for a prediction block; empty: nothing
     std::map<int, LayerPlan>  plans_;
     std::map<int, LayerState> states_;
     int                       last_layer_ = -1;
@@ -114,6 +119,8 @@ class Collector {
     TensorReader              reader_;
     const int32_t *           groups_ = nullptr;
     size_t                    n_tokens_ = 0;
+    bool                      keep_hidden_ = false;
+    std::vector<float>        hidden_, floats_;
     std::vector<double>       norms_;
     std::unique_ptr<Saliency> saliency_;
     int64_t                   units_ = 0;

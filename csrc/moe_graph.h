@@ -14,6 +14,10 @@ enum class Role {
     Gated,    // the product with the gate: of the output, or (Llama-4) of the experts' input
 };
 
+// The hidden states that a multi-token-prediction block is fed with, [n_embd, n_tokens], in the graph of the layers before it. Where they
+// are the output norm's result as well, that later name is the one the node keeps.
+inline constexpr std::string_view PREDICTION_INPUTS[] = {"h_nextn", "result_norm"};
+
 struct NodeName {
     Role role = Role::None;
     int  layer = -1;

@@ -103,7 +103,12 @@ Session::Session(const SessionOptions & options) : options_(options) {
     clear_log();
     load_model();
     resolve_options();
-    create_context();
+    context_.reset(create_context(collector_, LLAMA_CONTEXT_TYPE_DEFAULT));
+    if (options_.prediction_layer >= 0) {
+        prediction_context_.reset(create_context(prediction_, LLAMA_CONTEXT_TYPE_MTP));
+        prediction_.set_threads(options_.threads);
+        collector_.set_keep_hidden(true);
+    }
     collector_.set_threads(options_.threads);
     collector_.set_reduce_on_device(options_.reduce_on_device);
     collector_.set_stop_early(options_.stop_early);
@@ -154,6 +159,7 @@ void Session::load_model() {
     params.n_gpu_layers = options_.gpu_layers;
     params.load_mode = options_.use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
     params.use_extra_bufts = options_.repack;
+    params.load_mtp = options_.prediction_layer >= 0;
     const MemoryGuard guard(options_.model_bytes);
     model_.reset(llama_model_load_from_file(options_.model_path.c_str(), params));
     if (!model_) {
@@ -165,7 +171,7 @@ void Session::load_model() {
     vocab_ = llama_model_get_vocab(model_.get());
 }
 
-void Session::create_context() {
+llama_context * Session::create_context(Collector & collector, llama_context_type type) {
     llama_context_params params = llama_context_default_params();
     // sequences that share a batch share the cache as well: one long window, or one batch of short ones
     params.n_ctx = static_cast<uint32_t>(options_.n_sequences > 1 ? std::max(options_.ctx_size, options_.batch_size) : options_.ctx_size);
@@ -178,14 +184,17 @@ void Session::create_context() {
     params.type_k = cache_type(options_.type_k);
     params.type_v = cache_type(options_.type_v);
     params.cb_eval = Collector::callback;
-    params.cb_eval_user_data = &collector_;
+    params.cb_eval_user_data = &collector;
+    params.ctx_type = type;
+    params.ctx_other = context_.get();
     params.no_perf = true;
     const MemoryGuard guard;
-    context_.reset(llama_init_from_model(model_.get(), params));
-    if (!context_) {
+    llama_context * context = llama_init_from_model(model_.get(), params);
+    if (context == nullptr) {
         throw EngineError(with_log(options_.model_path + ": the engine cannot make a context of " + std::to_string(params.n_ctx) +
                                    " tokens (a smaller ctx-size, ubatch-size or cache type needs less memory)"));
     }
+    return context;
 }
 
 int Session::n_vocab() const { return llama_vocab_n_tokens(vocab_); }
@@ -238,6 +247,9 @@ std::string Session::token_text(int token) const {
 
 void Session::forget() {
     llama_memory_clear(llama_get_memory(context_.get()), false);
+    if (has_prediction()) {
+        llama_memory_clear(llama_get_memory(prediction_context_.get()), false);
+    }
 }
 
 void Session::check_tokens(const int32_t * tokens, size_t n_tokens) const {
@@ -248,7 +260,7 @@ void Session::check_tokens(const int32_t * tokens, size_t n_tokens) const {
     }
 }
 
-void Session::decode(const TokenBatch & batch, const int8_t * wanted) {
+void Session::decode(llama_context * context, Collector & collector, const TokenBatch & batch, const int8_t * wanted, float * hidden) {
     std::vector<int32_t> tokens(batch.tokens, batch.tokens + batch.n_tokens);
     std::vector<int32_t> positions(batch.positions, batch.positions + batch.n_tokens);
     std::vector<int32_t> sequences(batch.sequences, batch.sequences + batch.n_tokens);
@@ -258,12 +270,12 @@ void Session::decode(const TokenBatch & batch, const int8_t * wanted) {
     for (size_t i = 0; i < batch.n_tokens; ++i) {
         sequence_of[i] = &sequences[i];
     }
-    const llama_batch native{static_cast<int32_t>(batch.n_tokens), tokens.data(),      nullptr, positions.data(),
+    const llama_batch native{static_cast<int32_t>(batch.n_tokens), tokens.data(),      hidden, positions.data(),
                              n_sequences.data(),                   sequence_of.data(), outputs.data()};
     clear_log();
-    const int32_t status = llama_decode(context_.get(), native);
-    llama_synchronize(context_.get());
-    collector_.rethrow();
+    const int32_t status = llama_decode(context, native);
+    llama_synchronize(context);
+    collector.rethrow();
     if (status != 0) {
         const char * reason = status == 1 ? "the context is full" : status == 2 ? "it was aborted" : "it failed";
         throw EngineError(with_log("the engine could not run a batch of " + std::to_string(batch.n_tokens) + " tokens: " + reason +
@@ -279,9 +291,106 @@ void Session::start_profile(const std::vector<int> & layers, size_t n_experts) {
     const int8_t wanted[] = {1, 1};
     forget();
     collector_.begin_survey();
-    decode({tokens, positions, sequences, 2}, wanted);
-    collector_.end_survey(layers, n_experts);
+    decode(context_.get(), collector_, {tokens, positions, sequences, 2}, wanted);
+    const std::vector<int> trunk(layers.begin(), layers.end() - (has_prediction() ? 1 : 0));
+    collector_.end_survey(trunk, n_experts);
+    if (has_prediction()) {
+        survey_prediction({tokens, positions, sequences, 2}, wanted, n_experts);
+    }
     forget();
+}
+
+void Session::survey_prediction(const TokenBatch & batch, const int8_t * wanted, size_t n_experts) {
+    std::vector<float> hidden(batch.n_tokens * static_cast<size_t>(llama_model_n_embd(model_.get())), 0.0f);
+    prediction_.begin_survey();
+    decode(prediction_context_.get(), prediction_, batch, wanted, hidden.data());
+    prediction_.end_survey({options_.prediction_layer}, n_experts);
+}
+
+// Feeds the prediction block with each token and the hidden state of the one before it, as llama.cpp's own speculative decoding does
+// (common/speculative.cpp).
+void Session::run_prediction(const TokenBatch & batch, const int32_t * groups) {
+    const size_t n_embd = static_cast<size_t>(llama_model_n_embd(model_.get()));
+    const std::vector<float> & hidden = collector_.hidden();
+    if (hidden.size() != batch.n_tokens * n_embd) {
+        throw EngineError("the layers before the prediction block gave " + std::to_string(hidden.size() / n_embd) + " hidden states for " +
+                          std::to_string(batch.n_tokens) + " tokens");
+    }
+    if (last_hidden_.size() != n_embd || batch.positions[0] == 0) {
+        last_hidden_.assign(n_embd, 0.0f);
+    }
+    std::vector<int32_t> counted(groups, groups + batch.n_tokens);
+    std::vector<float> before(hidden.size(), 0.0f);
+    for (size_t i = 0; i < batch.n_tokens; ++i) {
+        if (batch.positions[i] == 0) {
+            counted[i] = Saliency::NOT_COUNTED;  // nothing precedes it that a prediction could have come from
+        } else {
+            const float * row = i == 0 ? last_hidden_.data() : hidden.data() + (i - 1) * n_embd;
+            std::copy_n(row, n_embd, before.begin() + static_cast<std::ptrdiff_t>(i * n_embd));
+        }
+    }
+    const std::vector<int8_t> wanted(batch.n_tokens, 1);
+    prediction_.begin_batch(counted.data(), batch.n_tokens);
+    decode(prediction_context_.get(), prediction_, batch, wanted.data(), before.data());
+    prediction_.end_batch();
+    last_hidden_.assign(hidden.end() - static_cast<std::ptrdiff_t>(n_embd), hidden.end());
+}
+
+void Session::set_poll(std::function<bool()> poll) {
+    prediction_.set_poll(poll);
+    collector_.set_poll(std::move(poll));
+}
+
+void Session::commit(int64_t n_units) {
+    if (has_prediction()) {
+        prediction_.commit(n_units);
+    }
+    collector_.commit(n_units);
+}
+
+namespace {
+
+template <typename T>
+void append(std::vector<T> & to, const std::vector<T> & from) {
+    to.insert(to.end(), from.begin(), from.end());
+}
+
+template <typename T>
+std::vector<T> split_off(std::vector<T> & values, size_t n_last) {
+    const auto first = values.end() - static_cast<std::ptrdiff_t>(std::min(n_last, values.size()));
+    std::vector<T> last(first, values.end());
+    values.erase(first, values.end());
+    return last;
+}
+
+}  // namespace
+
+Sums Session::sums(size_t group) const {
+    Sums sums = collector_.saliency().sums(group);
+    if (has_prediction()) {
+        const Saliency & prediction = prediction_.saliency();
+        const Sums last = group < prediction.n_groups() ? prediction.sums(group) : Saliency(1, prediction.n_experts()).sums(0);
+        append(sums.counts, last.counts);
+        append(sums.gate, last.gate);
+        append(sums.norm, last.norm);
+        append(sums.gated_norm, last.gated_norm);
+        append(sums.gated_norm_sq, last.gated_norm_sq);
+        append(sums.norm_max, last.norm_max);
+        append(sums.total_tokens, last.total_tokens);
+    }
+    return sums;
+}
+
+void Session::restore(size_t group, const Sums & sums, int64_t n_units) {
+    Sums trunk = sums;
+    if (has_prediction()) {
+        const size_t n = n_experts();
+        const Sums last{split_off(trunk.counts, n),     split_off(trunk.gate, n),          split_off(trunk.norm, n),
+                        split_off(trunk.gated_norm, n), split_off(trunk.gated_norm_sq, n), split_off(trunk.norm_max, n),
+                        split_off(trunk.total_tokens, 1)};
+        prediction_.restore(group, last, n_units);
+    }
+    collector_.restore(group, trunk, n_units);
 }
 
 void Session::check_batch(const TokenBatch & batch, const int32_t * groups) const {
@@ -302,8 +411,11 @@ void Session::profile_batch(const TokenBatch & batch, const int32_t * groups) {
         // every token's logits are asked for, or the last layer would see one token: most graphs drop the others before it
         const std::vector<int8_t> wanted(batch.n_tokens, 1);
         collector_.begin_batch(groups, batch.n_tokens);
-        decode(batch, wanted.data());
+        decode(context_.get(), collector_, batch, wanted.data());
         collector_.end_batch();
+        if (has_prediction()) {
+            run_prediction(batch, groups);
+        }
     } catch (...) {
         discard();
         throw;
@@ -317,13 +429,17 @@ void Session::forward(const TokenBatch & batch, bool all_logits) {
     }
     std::vector<int8_t> wanted(batch.n_tokens, all_logits);
     wanted.back() = 1;
-    decode(batch, wanted.data());
+    decode(context_.get(), collector_, batch, wanted.data());
 }
 
 void Session::discard() {
     collector_.discard();
+    prediction_.discard();
     // the cache may hold what is not a number, and masked attention multiplies it by zero: clear the data as well
     llama_memory_clear(llama_get_memory(context_.get()), true);
+    if (has_prediction()) {
+        llama_memory_clear(llama_get_memory(prediction_context_.get()), true);
+    }
 }
 
 void Session::for_each_logits(const std::vector<int32_t> & tokens, size_t first, const OnLogits & on_logits) {
@@ -343,7 +459,7 @@ void Session::for_each_logits(const std::vector<int32_t> & tokens, size_t first,
         for (size_t i = 0; i < n; ++i) {
             wanted[i] = start + i >= first;
         }
-        decode({tokens.data() + start, positions.data() + start, sequences.data(), n}, wanted.data());
+        decode(context_.get(), collector_, {tokens.data() + start, positions.data() + start, sequences.data(), n}, wanted.data());
         for (size_t i = 0; i < n; ++i) {
             if (wanted[i]) {
                 on_logits(start + i, llama_get_logits_ith(context_.get(), static_cast<int32_t>(i)));

@@ -30,6 +30,7 @@ struct SessionOptions {
     std::string type_k = "f16";
     std::string type_v = "f16";
     std::string flash_attn = "auto";
+    int  prediction_layer = -1;  // the block of experts that predicts the token after the next, where it is to be profiled; -1: none
     bool use_mmap = true;
     bool repack = true;
     // the output head stays in host memory: a profile stops before it, and its logits would be read back from the device all the same
@@ -73,17 +74,20 @@ class Session {
     std::string token_text(int token) const;
 
     // Asked once per layer while a batch runs; true ends the batch with Interrupted.
-    void set_poll(std::function<bool()> poll) { collector_.set_poll(std::move(poll)); }
+    void set_poll(std::function<bool()> poll);
 
     void start_profile(const std::vector<int> & layers, size_t n_experts);
     // groups[t]: where token t is counted, Saliency::NOT_COUNTED for nowhere. What is counted waits for commit(); where a batch
     // fails, all that waits is discarded.
     void profile_batch(const TokenBatch & batch, const int32_t * groups);
-    void commit(int64_t n_units) { collector_.commit(n_units); }
-    void restore(size_t group, const Sums & sums, int64_t n_units) { collector_.restore(group, sums, n_units); }
+    void commit(int64_t n_units);
+    // The sums of a group, the prediction layer's row last.
+    Sums sums(size_t group) const;
+    void restore(size_t group, const Sums & sums, int64_t n_units);
     int64_t units() const { return collector_.units(); }
     void discard();
-    const Saliency & saliency() const { return collector_.saliency(); }
+    size_t n_groups() const { return collector_.saliency().n_groups(); }
+    size_t n_experts() const { return collector_.saliency().n_experts(); }
     const Collector & collector() const { return collector_; }
 
     // Runs a batch without collecting anything: all logits, or the last token's alone. What a profile is measured against.
@@ -99,11 +103,15 @@ class Session {
 
     void resolve_options();
     void load_model();
-    void create_context();
+    llama_context * create_context(Collector & collector, llama_context_type type);
+    bool has_prediction() const { return prediction_context_ != nullptr; }
+    void survey_prediction(const TokenBatch & batch, const int8_t * wanted, size_t n_experts);
+    void run_prediction(const TokenBatch & batch, const int32_t * groups);
     void forget();
     void check_tokens(const int32_t * tokens, size_t n_tokens) const;
     void check_batch(const TokenBatch & batch, const int32_t * groups) const;
-    void decode(const TokenBatch & batch, const int8_t * wanted);
+    // `hidden`: [n_tokens][n_embd] for the prediction block, which takes them beside the tokens
+    void decode(llama_context * context, Collector & collector, const TokenBatch & batch, const int8_t * wanted, float * hidden = nullptr);
     void for_each_logits(const std::vector<int32_t> & tokens, size_t first, const OnLogits & on_logits);
 
     SessionOptions options_;
@@ -111,6 +119,11 @@ class Session {
     std::unique_ptr<llama_model, void (*)(llama_model *)>     model_{nullptr, llama_model_free};
     std::unique_ptr<llama_context, void (*)(llama_context *)> context_{nullptr, llama_free};
     const llama_vocab * vocab_ = nullptr;
+
+    // multi-token prediction: a context of its own over the same weights, fed with the hidden states of the layers before it
+    Collector          prediction_;
+    std::unique_ptr<llama_context, void (*)(llama_context *)> prediction_context_{nullptr, llama_free};
+    std::vector<float> last_hidden_;  // of the batch before, for a window that goes on
 };
 
 }  // namespace reap

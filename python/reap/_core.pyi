@@ -30,6 +30,7 @@ class SessionOptions:
     type_k: str
     type_v: str
     flash_attn: str  # "auto", "on" or "off"
+    prediction_layer: int  # the multi-token-prediction block with experts that is to be profiled; -1: none
     use_mmap: bool
     repack: bool  # let the CPU backend rearrange weights (AMX and others)
     head_on_host: bool  # keep the output head in host memory: a profile stops before it

@@ -119,12 +119,19 @@ def usable_cores() -> int:
 
 
 def open_session(
-    path: str | os.PathLike[str], options: EngineOptions, *, n_sequences: int = 1, n_bytes: int | None = None, head_on_host: bool = False
+    path: str | os.PathLike[str],
+    options: EngineOptions,
+    *,
+    n_sequences: int = 1,
+    n_bytes: int | None = None,
+    head_on_host: bool = False,
+    prediction_layer: int | None = None,
 ) -> _core.Session:
     """Load a model into the engine.
 
     n_sequences: how many may share a batch, fewer where the model does not allow it. n_bytes: of the model's files (None: of `path`).
     head_on_host: leave the output head out of the devices, for a session that never reaches it.
+    prediction_layer: the multi-token-prediction block whose experts are profiled as well, run in a context of its own.
 
     Raises EngineError with the end of the engine's log, UsageError for an option that cannot work, NativeModuleMissing.
     """
@@ -145,6 +152,7 @@ def open_session(
     native.type_v = options.type_v
     native.flash_attn = options.flash_attn
     native.head_on_host = head_on_host
+    native.prediction_layer = -1 if prediction_layer is None else prediction_layer
     check_servers(options.rpc)
     return core.Session(native)
 

@@ -97,7 +97,14 @@ def profile(
     elif resume:
         raise UsageError("resume needs a checkpoint to go on from")
     state = keeper.load() if keeper else None
-    session = open_session(model, options, n_sequences=SHARED_SEQUENCES, n_bytes=info.n_bytes, head_on_host=True)
+    session = open_session(
+        model,
+        options,
+        n_sequences=SHARED_SEQUENCES,
+        n_bytes=info.n_bytes,
+        head_on_host=True,
+        prediction_layer=_prediction_layer(info),
+    )
     try:
         session.start_profile(list(info.moe_layers), info.n_experts)
     except UnsupportedModelError as error:
@@ -220,6 +227,17 @@ class _Run:
         if domain not in self.domains:
             self.domains.append(domain)
         return self.domains.index(domain)
+
+
+def _prediction_layer(info: ModelInfo) -> int | None:
+    """The multi-token-prediction block with experts, which only a context of its own runs; None where there is none."""
+    layers = [layer for layer in info.moe_layers if layer >= info.n_layers - info.n_prediction_layers]
+    if len(layers) > 1:
+        named = ", ".join(map(str, layers))
+        raise UnsupportedModelError(
+            f"{info.path}: the layers {named} predict further tokens; the engine can run only one such layer with experts"
+        )
+    return layers[0] if layers else None
 
 
 def _identity(info: ModelInfo, options: EngineOptions, source: Calibration) -> dict[str, Any]:

@@ -160,7 +160,7 @@ static void test_model(const std::string & path, size_t n_experts, const std::ve
     run(0, 32);
     run(32, 18);
     session.commit(1);
-    const Sums & sums = session.saliency().sums(0);
+    const Sums sums = session.sums(0);
     for (size_t row = 0; row < layers.size(); ++row) {
         CHECK(sums.total_tokens[row] == 50);
     }
@@ -170,10 +170,10 @@ static void test_model(const std::string & path, size_t n_experts, const std::ve
     CHECK(asked);
     session.set_poll(nullptr);
     session.commit(1);
-    CHECK(session.saliency().sums(0).total_tokens[0] == 50);  // the interrupted batch left nothing
+    CHECK(session.sums(0).total_tokens[0] == 50);  // the interrupted batch left nothing
     run(0, 32);
     session.commit(1);
-    CHECK(session.saliency().sums(0).total_tokens[0] == 82);
+    CHECK(session.sums(0).total_tokens[0] == 82);
     tokens[3] = session.n_vocab();
     CHECK(throws<UsageError>([&] { run(0, 32); }));
     tokens[3] = 0;
