@@ -119,7 +119,8 @@ def test_every_metric_is_explained() -> None:
 def test_the_example_plan_is_that_of_the_example_profile() -> None:
     profile = reap.Profile.load(EXAMPLES / "expert_stats_reap.json")
     assert profile.trusted
-    assert reap.plan(profile, keep=0.5).to_dict() == reap.PrunePlan.load(EXAMPLES / "plan-50.json").to_dict()
+    made, saved = reap.plan(profile, keep=0.5), reap.PrunePlan.load(EXAMPLES / "plan-50.json")
+    assert (saved.model, saved.metric, saved.keep, saved.layers) == (made.model, made.metric, made.keep, made.layers)
 
 
 def test_the_example_profile_is_of_the_embedded_model() -> None:
