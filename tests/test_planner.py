@@ -229,8 +229,24 @@ def test_super_experts_are_found_and_protected() -> None:
     assert 5 in result.layers[2]
 
 
-def test_an_even_model_has_no_super_experts() -> None:
+def test_super_experts_are_reported_though_not_protected() -> None:
+    scores = np.random.default_rng(0).uniform(1, 2, (4, 16))
+    scores[2, 5] = 400.0
+    profile = from_scores(scores.tolist())
+    [found] = plan(profile, keep=2, metric="reap").options["super_experts"]
+    assert (found["layer"], found["expert"], found["norm_max"], found["kept"]) == (2, 5, 400.0, True)
+    random = [plan(profile, keep=2, metric="random", seed=seed) for seed in range(20)]
+    for made in random:
+        assert made.options["protected"] == {}
+        assert made.options["super_experts"][0]["kept"] == (5 in made.layers[2])
+    assert len({made.options["super_experts"][0]["kept"] for made in random}) == 2
+
+
+def test_an_even_model_has_no_super_experts(tmp_path: Path) -> None:
     assert super_experts(make_profile(n_experts=64)) == ()
+    made = plan(make_profile(), keep=4)
+    assert made.options["super_experts"] == []
+    assert PrunePlan.load(made.save(tmp_path / "p.json")) == made
 
 
 # ---- the file

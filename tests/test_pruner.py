@@ -22,7 +22,7 @@ from reap.errors import FormatError, MismatchError, OutputError, UnsupportedMode
 from reap.gguf import verification
 from reap.inspector import inspect
 from reap.planner import PrunePlan
-from reap.pruner import PruneReport, prune
+from reap.pruner import PruneReport, prune, size_after
 
 KEPT = {0: (0, 3, 4, 7), 1: (1, 2, 5, 6)}
 
@@ -274,6 +274,14 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(tmp_path: Path, changes: di
     assert prune(source, tmp_path / "s.gguf", plan).n_bytes_after == dry.n_bytes_after == (tmp_path / "s.gguf").stat().st_size
 
 
+def test_the_size_of_a_plan_is_known_without_an_output(tmp_path: Path) -> None:
+    source = build_moe(tmp_path / "m.gguf", biases=True)
+    plan = plan_for(source, KEPT)
+    assert size_after(source, plan) == prune(source, tmp_path / "s.gguf", plan).n_bytes_after
+    with pytest.raises(MismatchError):
+        size_after(source, plan_for(source, KEPT, model={"fingerprint": "sha256:0"}))
+
+
 def warnings_of(source: Path, plan: PrunePlan) -> str:
     return "\n".join(prune(source, source.with_name("s.gguf"), plan, dry_run=True).warnings)
 
@@ -351,6 +359,19 @@ def test_the_layer_that_uses_most_experts_decides_how_many_must_stay(tmp_path: P
     assert "fewer than the 4 experts" in refusal(source, {0: (0, 1, 2), 1: (0, 1, 2)}, UsageError)
 
 
+def test_prediction_layers_lose_as_many_experts(tmp_path: Path) -> None:
+    keys = {"qwen3moe.nextn_predict_layers": (GGUFValueType.UINT32, 1)}
+    source = build_moe(tmp_path / "m.gguf", n_layers=3, keys=keys)
+    assert inspect(source).moe_layers == (0, 1, 2)
+    message = refusal(source, KEPT, MismatchError)
+    assert "prediction (MTP) layers [2]" in message
+    assert "profile the model again" in message
+    kept = {**KEPT, 2: (4, 5, 6, 7)}
+    assert_cut(source, pruned(source, kept), kept, WEIGHTS)
+    with pytest.raises(MismatchError, match=r"MoE layers \[0\]"):
+        prune(source, tmp_path / "x.gguf", plan_for(source, {1: KEPT[1], 2: KEPT[1]}))
+
+
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
@@ -382,6 +403,22 @@ def test_a_dense_model_and_an_unknown_tensor_are_unsupported(tmp_path: Path) -> 
         prune(dense, tmp_path / "s.gguf", PrunePlan({"n_experts": 8}, "reap", 4, dict(KEPT)))
     odd = build_moe(tmp_path / "m.gguf", extra={"blk.1.ffn_side_exps.weight": np.zeros((8, 32), dtype=np.float32)})
     assert "blk.1.ffn_side_exps.weight" in refusal(odd, KEPT, UnsupportedModelError)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "reason"),
+    [
+        ("grovemoe", {"blk.0.ffn_up_chexps.weight": (4, 8, 32)}, "gives group c the gate of expert c"),
+        ("refact", {}, "its graph never runs them"),
+        ("deepseek4", {"blk.0.ffn_gate_tid2eid.weight": (64, 2)}, "hash routing"),
+    ],
+)
+def test_families_that_cannot_be_cut_are_refused_by_name(tmp_path: Path, architecture: str, extra: Any, reason: str) -> None:
+    tensors = {name: np.zeros(shape, dtype=np.float32) for name, shape in extra.items()}
+    source = build_moe(tmp_path / "m.gguf", architecture=architecture, extra=tensors)
+    message = refusal(source, KEPT, UnsupportedModelError)
+    assert reason in message
+    assert architecture in message or next(iter(extra)) in message
 
 
 # ---- paths and options

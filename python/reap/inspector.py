@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import FormatError, UnsupportedModelError
-from reap.gguf.experts import MAX_EXPERTS, ExpertLayout, read_count, read_layout, read_text
+from reap.gguf.experts import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count, read_layout, read_text
 from reap.gguf.reader import GGUFModel, TensorInfo
 
 _HASH_CHUNK_BYTES = 1 << 20
@@ -85,8 +85,8 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
 
 
 def require_moe(info: ModelInfo) -> None:
-    """Raise UnsupportedModelError for a dense model, or for one whose experts are in no layout reap knows."""
-    if not info.is_moe and info.refusals:
+    """Raise UnsupportedModelError for a dense model, for one whose experts are in no layout reap knows, or run in no way it knows."""
+    if info.refusals and (not info.is_moe or info.architecture in UNSUPPORTED):
         raise UnsupportedModelError(info.refusals[0])
     if not info.is_moe:
         raise UnsupportedModelError(f"{info.path}: {info.architecture} here is a dense model, it has no experts")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class PrunePlan:
     layers       block index of each MoE layer -> ids kept, ascending; the same number, `keep`, in every layer
     model        of the profile: n_experts, and fingerprint and the rest where known
     calibration  "sha256" of the files that the profile saw, and their names
-    options      how it was chosen: blend, seed, protected ids; for the reader only
+    options      how it was chosen: blend, seed, protected ids, and the super experts that the profile has, protected or not; for the
+                 reader only
     """
 
     model: dict[str, Any]
@@ -149,13 +150,16 @@ def plan(
     number = resolve_keep(keep, source.n_experts, source.n_groups)
     check_keep(number, source.model)
     entries = list(parse_protect(protect))
+    outstanding = super_experts(source) if source.trusted or protect_super_experts else ()
     if protect_super_experts:
-        entries += [(found.layer, found.expert) for found in super_experts(source)]
+        entries += [(found.layer, found.expert) for found in outstanding]
     protected = _protected_ids(source, entries)
     _check_protected(source, protected, number)
     choose = _choose_by_sum if blend == "sum" else _choose_maxmin
     layers = choose(source, number, metric, seed, protected)
-    options = {"blend": blend, "seed": seed, "protected": {str(layer): sorted(ids) for layer, ids in sorted(protected.items())}}
+    options: dict[str, Any] = {"blend": blend, "seed": seed}
+    options["protected"] = {str(layer): sorted(ids) for layer, ids in sorted(protected.items())}
+    options["super_experts"] = [asdict(found) | {"kept": found.expert in layers[found.layer]} for found in outstanding]
     if not source.trusted:
         options["trusted"] = False
     model = {"n_experts": source.n_experts} | {key: source.model[key] for key in _MODEL_KEYS if key in source.model}

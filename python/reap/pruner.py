@@ -152,6 +152,14 @@ def prune(
     )
 
 
+def size_after(source: str | os.PathLike[str], plan: PrunePlan) -> int:
+    """Bytes, exactly, of the file that `prune` would write. Raises what it raises for a plan that does not fit."""
+    with GGUFModel.open(source) as model:
+        info, layout = describe(model), read_layout(model)
+        check_plan(info, plan)
+        return _new_file(model, layout, plan, {layer: plan.layers[layer] for layer in layout.moe_layers}, info, None).n_bytes
+
+
 def parse_size(size: int | str) -> int:
     """Bytes: a number, or a text like "500M" or "4.5G", in powers of a thousand as in llama.cpp. Raises UsageError."""
     match = None if isinstance(size, bool) else _SIZE.fullmatch(str(size))
@@ -235,6 +243,12 @@ def check_plan(info: ModelInfo, plan: PrunePlan) -> None:
 
 def _check_layers(info: ModelInfo, plan: PrunePlan) -> None:
     missing = [layer for layer in info.moe_layers if layer not in plan.layers]
+    if missing and missing[0] >= info.n_layers - info.n_prediction_layers:
+        raise MismatchError(
+            f"the plan says nothing about the prediction (MTP) layers {missing} of {info.path}, which have experts too; every MoE layer"
+            " must lose as many, so profile the model again with a version of reap that measures them, or add the ids that they keep to"
+            ' the "layers" of the plan by hand'
+        )
     if missing:
         raise MismatchError(f"the plan says nothing about MoE layers {missing} of {info.path}; every one must lose as many experts")
     unknown = sorted(set(plan.layers) - set(info.moe_layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from reap.cli.show import bytes_text, print_facts, print_json, progress_bar
 from reap.errors import UsageError
 from reap.inspector import ModelInfo
 from reap.planner import PrunePlan, router_warning
-from reap.pruner import PruneReport
+from reap.pruner import PruneReport, size_after
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")]
 
@@ -32,7 +33,7 @@ def _model_facts(info: ModelInfo) -> list[tuple[str, object]]:
         ("architecture", info.architecture),
         ("size", f"{bytes_text(info.n_bytes)} in {info.n_files} file{'s' * (info.n_files > 1)}, {info.n_parameters:,} parameters"),
         ("tensor types", ", ".join(f"{count} {name}" for name, count in info.tensor_types.items())),
-        ("layers", info.n_layers),
+        ("layers", f"{info.n_layers}, the last {info.n_prediction_layers} for prediction" if info.n_prediction_layers else info.n_layers),
         ("context", f"{info.context_length:,} tokens"),
     ]
     if not info.is_moe:
@@ -65,6 +66,7 @@ def plan(
         str, typer.Option("--blend", metavar="sum|maxmin", help="All tokens together, or the worst-served domain first.")
     ] = "sum",
     seed: Seed = 0,
+    model: Annotated[Path | None, typer.Option("--model", metavar="MODEL", help="A GGUF file to say the exact size for.")] = None,
     json: Json = False,
 ) -> None:
     """Choose the experts that each layer keeps."""
@@ -73,21 +75,38 @@ def plan(
     made = reap.plan(
         profile, keep=parse_keep(keep), metric=metric, protect=protect or (), blend=blend, seed=seed, protect_super_experts=super_experts
     )
+    sizes = None if model is None else (reap.inspect(model).n_bytes, size_after(model, made))
     if output is not None:
         made.save(output)
     if json:
-        return print_json(made.to_dict())
-    print_facts(_plan_facts(made, output))
+        return print_json(made.to_dict() | ({"n_bytes_before": sizes[0], "n_bytes_after": sizes[1]} if sizes else {}))
+    print_facts(_plan_facts(made, output, sizes))
 
 
-def _plan_facts(made: PrunePlan, output: Path | None) -> list[tuple[str, object]]:
+def _plan_facts(made: PrunePlan, output: Path | None, sizes: tuple[int, int] | None) -> list[tuple[str, object]]:
     protected = made.options.get("protected") or {}
+    size = f"{bytes_text(sizes[1])} ({sizes[1]:,} bytes), {sizes[1] / max(sizes[0], 1):.1%} of {bytes_text(sizes[0])}" if sizes else None
     return [
         ("plan", output),
         ("keeps", f"{made.keep} of {made.n_experts} experts in each of {len(made.layers)} layers, by {made.metric}"),
         ("protected", ", ".join(f"{layer}:{expert}" for layer, ids in protected.items() for expert in ids) or None),
+        ("super experts", _super_experts_text(made)),
+        ("size", size),
         ("note", router_warning(made.keep, made.n_experts)),
     ]
+
+
+def _super_experts_text(made: PrunePlan, most: int = 12) -> str | None:
+    found = made.options.get("super_experts")
+    if found is None:
+        return None
+    if not found:
+        return "none found"
+    shown = [
+        f"{item['layer']}:{item['expert']} ({item['ratio']:.0f} times the median norm, {'kept' if item['kept'] else 'REMOVED'})"
+        for item in found[:most]
+    ]
+    return ", ".join(shown) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def prune(
@@ -151,6 +170,25 @@ def _report_facts(report: PruneReport) -> list[tuple[str, object]]:
             f" ({report.n_bytes_before:,} bytes)",
         ),
         ("experts", f"{report.n_experts_after} of {report.n_experts_before} in each of {len(report.kept)} layers, by {report.metric}"),
+        *(_layer_facts(report) if report.dry_run else ()),
         ("time", f"{report.seconds:.1f} s"),
         *(("note", warning) for warning in report.warnings),
     ]
+
+
+def _layer_facts(report: PruneReport) -> list[tuple[str, object]]:
+    removed = report.removed
+    return [("", f"layer {layer}: keeps {ranges_text(kept)}; removes {ranges_text(removed[layer])}") for layer, kept in report.kept.items()]
+
+
+def ranges_text(ids: Sequence[int]) -> str:
+    """Ascending ids with runs of three and more drawn together: 0-2, 5, 7, 8."""
+    parts: list[str] = []
+    start = 0
+    for index, number in enumerate(ids):
+        if index + 1 < len(ids) and ids[index + 1] == number + 1:
+            continue
+        run = ids[start : index + 1]
+        parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(one) for one in run]
+        start = index + 1
+    return ", ".join(parts) or "none"

@@ -59,9 +59,24 @@ RULES: tuple[Rule, ...] = (
     Rule(_DENSE_FFN, Role.KEEP),
     # experts in forms that rows cannot express
     Rule(r"ffn_(gate|up|down)_chexps\..+", Role.REFUSE, reason="one chunk expert serves a whole group of experts (GroveMoE)"),
-    Rule(r"ffn_gate_tid2eid(\..+)?", Role.REFUSE, reason="it names experts by number for every token (hash routing)"),
+    # a token's removed expert has no successor: another in its place adds an output that was never there, and with a gate that
+    # the router was never trained to give it; leaving the place empty is not something the table can say
+    Rule(
+        r"ffn_gate_tid2eid(\..+)?",
+        Role.REFUSE,
+        reason="it gives each token its experts by number, and has no number for none (hash routing)",
+    ),
     Rule(r"ffn_(gate|up|down)\.\d+\.weight", Role.REFUSE, reason="each expert is a tensor of its own; convert the model again"),
 )
+
+#: Architectures whose experts llama.cpp runs in a way that can be neither measured nor cut -> why. Read in its src/models/*.cpp.
+UNSUPPORTED: Mapping[str, str] = {
+    # build_moe_ffn divides the chosen ids by the group size before it looks up their gates: group c gets the gate of expert c.
+    # So its output depends on how experts are numbered, and no choice of whole groups gives a file that computes the same.
+    "grovemoe": "llama.cpp runs a second set of experts (ffn_*_chexps) for groups of the first, under the same names, and gives group c the"
+    " gate of expert c: removing experts would give the groups other gates",
+    "refact": "llama.cpp loads experts for this architecture, but its graph never runs them",
+}
 
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)", re.DOTALL)
 _COMPILED = tuple((re.compile(rule.pattern), rule) for rule in RULES)
@@ -191,6 +206,9 @@ def _refusals(
     n_experts: int,
 ) -> Iterator[str]:
     """One sentence for each kind of thing that makes pruning impossible, with the first tensor of that kind."""
+    architecture = read_architecture(model)
+    if layers and architecture in UNSUPPORTED:
+        yield f"{model.path}: {architecture} models with experts are not supported: {UNSUPPORTED[architecture]}"
     seen: set[str] = set()
     for layer, block in blocks.items():
         for name, tensor in block.items():

@@ -361,7 +361,7 @@ def _temporary(output: Path) -> Iterator[tuple[int, Path]]:
     try:
         yield fd, path
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # not there where it was renamed
             os.unlink(path)
         os.close(fd)
 
