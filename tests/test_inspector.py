@@ -178,3 +178,15 @@ def test_the_router_fingerprint_is_that_of_the_routers_bytes(tmp_path: Path) -> 
     for name in ("blk.0.ffn_gate_inp.weight", "blk.0.exp_probs_b.bias", "blk.1.ffn_gate_inp.weight", "blk.1.exp_probs_b.bias"):
         digest.update(tensors[name].data.tobytes())
     assert info.router_fingerprint == f"sha256:{digest.hexdigest()}"
+
+
+@pytest.mark.parametrize("where", [0.0, 0.3, 1.0])
+def test_of_a_large_router_blocks_are_compared_from_its_first_byte_to_its_last(tmp_path: Path, where: float) -> None:
+    info = info_of(tmp_path, n_layers=1, n_experts=128, n_embd=1024, n_ff=32)
+    router = next(tensor for tensor in GGUFReader(info.path).tensors if tensor.name == "blk.0.ffn_gate_inp.weight")
+    assert router.n_bytes == 512 << 10
+    with open(info.path, "r+b") as file:
+        file.seek(router.data_offset + min(int(where * router.n_bytes), int(router.n_bytes) - 9000))
+        file.write(bytes(9000))  # a training run changes every byte; an edit of a few may be missed
+    assert inspect(info.path).router_fingerprint != info.router_fingerprint
+    assert inspect(info.path).fingerprint == info.fingerprint

@@ -14,7 +14,9 @@ from reap.errors import FormatError, UnsupportedModelError
 from reap.gguf.experts import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count, read_layout, read_text
 from reap.gguf.reader import GGUFModel, TensorInfo
 
-_HASH_CHUNK_BYTES = 1 << 20
+# of a router that is larger, so many blocks, spread evenly, stand for the whole: the routers of a large model are half a gigabyte
+_HASH_WHOLE_BYTES = 256 << 10
+_HASH_BLOCK_BYTES = 4 << 10
 PROVENANCE_PREFIX = "reap."
 #: Far above llama.cpp's 512, so that a forged count costs no memory.
 MAX_LAYERS = 65_536
@@ -33,8 +35,8 @@ class ModelInfo:
     many of them a token may use. tensor_types: ggml type name -> number of tensors. n_bytes: of the file or all shards.
     expert_bytes: of all experts' tensors, routers not included; other_bytes: all else. bytes_per_expert: what removing
     one expert from every MoE layer saves, router rows included. fingerprint: equal for two quantisations of one
-    model. router_fingerprint: of the routers' bytes. provenance: the reap.* keys of a pruned file. refusals: why the
-    model cannot be pruned, empty if it can.
+    model. router_fingerprint: of the routers' bytes (of each that is larger than 256 KiB, of 64 blocks of it). provenance: the
+    reap.* keys of a pruned file. refusals: why the model cannot be pruned, empty if it can.
     """
 
     path: Path
@@ -201,9 +203,14 @@ def _hash_tensors(model: GGUFModel, tensors: tuple[TensorInfo, ...]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         file = model.files[tensor.shard]
-        end = tensor.offset_bytes + tensor.n_bytes
-        for offset in range(tensor.offset_bytes, end, _HASH_CHUNK_BYTES):
-            digest.update(file.read_range(offset, min(_HASH_CHUNK_BYTES, end - offset)))
+        if tensor.n_bytes <= _HASH_WHOLE_BYTES:
+            digest.update(file.read_range(tensor.offset_bytes, tensor.n_bytes))
+            continue
+        n_blocks = _HASH_WHOLE_BYTES // _HASH_BLOCK_BYTES
+        digest.update(repr((tensor.type, tensor.n_bytes)).encode())
+        for index in range(n_blocks):
+            start = (tensor.n_bytes - _HASH_BLOCK_BYTES) * index // (n_blocks - 1)
+            digest.update(file.read_range(tensor.offset_bytes + start, _HASH_BLOCK_BYTES))
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,9 +12,11 @@ import reap
 from reap.cli.options import Json, KeepText, Metric, Protect, Seed, check_output, parse_keep
 from reap.cli.show import bytes_text, print_facts, print_json, progress_bar
 from reap.errors import UsageError
-from reap.inspector import ModelInfo
-from reap.planner import PrunePlan, router_warning
-from reap.pruner import PruneReport, size_after
+
+if TYPE_CHECKING:  # numpy takes longer to import than a header to read
+    from reap.inspector import ModelInfo
+    from reap.planner import PrunePlan
+    from reap.pruner import PruneReport
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")]
 
@@ -75,6 +77,8 @@ def plan(
     made = reap.plan(
         profile, keep=parse_keep(keep), metric=metric, protect=protect or (), blend=blend, seed=seed, protect_super_experts=super_experts
     )
+    from reap.pruner import size_after
+
     sizes = None if model is None else (reap.inspect(model).n_bytes, size_after(model, made))
     if output is not None:
         made.save(output)
@@ -84,6 +88,8 @@ def plan(
 
 
 def _plan_facts(made: PrunePlan, output: Path | None, sizes: tuple[int, int] | None) -> list[tuple[str, object]]:
+    from reap.planner import router_warning
+
     protected = made.options.get("protected") or {}
     size = f"{bytes_text(sizes[1])} ({sizes[1]:,} bytes), {sizes[1] / max(sizes[0], 1):.1%} of {bytes_text(sizes[0])}" if sizes else None
     return [

@@ -7,14 +7,16 @@ import time
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import reap
 from reap.cli.show import bytes_text, number_text, print_table, progress_bar, say
 from reap.errors import OutputError, ReapError
-from reap.scores import Profile
+
+if TYPE_CHECKING:
+    from reap.scores import Profile
 
 KEEPS = (0.75, 0.5, 0.25)
 METRICS = ("reap", "frequency", "random")

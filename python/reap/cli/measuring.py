@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import reap
 from reap.cli.options import Json, Metric, Seed, check_output, parse_keep, with_engine_options
 from reap.cli.show import bytes_text, number_text, print_facts, print_json, print_table, progress_bar, say
-from reap.scores import Profile
+
+if TYPE_CHECKING:
+    from reap.scores import Profile
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 

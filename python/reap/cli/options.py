@@ -6,12 +6,14 @@ import inspect
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reap.errors import UsageError
-from reap.ranking import Keep
+
+if TYPE_CHECKING:
+    from reap.ranking import Keep
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Metric = Annotated[str, typer.Option("--metric", help="Score to rank experts by: reap, weighted_ean_sum, ean_sum, ean_mean, frequency, "

@@ -14,6 +14,7 @@ import re
 import secrets
 import stat
 import struct
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from reap.progress import Progress, ProgressCallback
 BUFFER_BYTES = 8 << 20
 # one kernel call copies at most this much, so that Ctrl-C and progress are never far away
 _KERNEL_CHUNK_BYTES = 64 << 20
+# one step of a copy, how much is asked for before its turn, and after how much the disk is told to begin writing
+_STEP_BYTES = 8 << 20
+_AHEAD_BYTES = 32 << 20
+_WRITE_BACK_BYTES = 32 << 20
 # what a kernel or a file system answers when it does not offer a way of copying
 _NOT_OFFERED = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
@@ -451,10 +456,43 @@ class _Counter:
 
 
 def _write_pieces(fd: int, pieces: Iterable[Piece], counter: _Counter) -> None:
-    copier = _Copier(fd)
-    for piece in merge_spans(pieces):
+    copier, start, end = _Copier(fd), 0, 0
+    for piece, was_cached in _read_ahead(_steps(merge_spans(pieces))):
         for n_bytes in copier.literal(piece) if isinstance(piece, bytes) else copier.span(piece):
             counter.add(n_bytes)
+            end += n_bytes
+        if isinstance(piece, Span) and not was_cached:
+            _forget(piece.file.fileno(), piece.offset, piece.n_bytes)
+        if end - start >= _WRITE_BACK_BYTES:
+            # of dirty pages this drops none, but the disk begins to write them (Linux, mm/fadvise.c), instead of waiting for fsync
+            _forget(fd, start, end - start)
+            start = end
+
+
+def _steps(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same bytes in pieces that are not too large to read ahead of."""
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            yield piece
+        else:
+            for start in range(0, piece.n_bytes, _STEP_BYTES):
+                yield Span(piece.file, piece.offset + start, min(_STEP_BYTES, piece.n_bytes - start))
+
+
+def _read_ahead(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
+    """(piece, whether it was in memory already); what is not is asked for early, since kept experts lie apart from each other."""
+    waiting: deque[tuple[Piece, bool]] = deque()
+    n_waiting = 0
+    for piece in pieces:
+        was_cached = isinstance(piece, bytes) or _is_cached(piece.file.fileno(), piece.offset)
+        if isinstance(piece, Span) and not was_cached:
+            _advise(piece.file.fileno(), piece.offset, piece.n_bytes, "POSIX_FADV_WILLNEED")
+        waiting.append((piece, was_cached))
+        n_waiting += _size((piece,))
+        while n_waiting > _AHEAD_BYTES:
+            n_waiting -= _size((waiting[0][0],))
+            yield waiting.popleft()
+    yield from waiting
 
 
 _Way = Callable[[int, int, int, int], int]
@@ -496,12 +534,9 @@ class _Copier:
     def span(self, span: Span) -> Iterator[int]:
         offset, end, source = span.offset, span.offset + span.n_bytes, span.file.fileno()
         while offset < end:
-            was_cached = _is_cached(source, offset)
             n_bytes = self.step(source, offset, end - offset)
             if n_bytes == 0:
                 raise FormatError(f"{span.file.path}: ends at byte {offset:,}, but was longer when it was opened")
-            if not was_cached:
-                _forget(source, offset, n_bytes)
             offset += n_bytes
             yield n_bytes
 
@@ -534,11 +569,15 @@ def _is_cached(fd: int, offset: int) -> bool:
         return True
 
 
+def _advise(fd: int, offset: int, n_bytes: int, advice: str) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # it is advice
+            os.posix_fadvise(fd, offset, n_bytes, getattr(os, advice))
+
+
 def _forget(fd: int, offset: int, n_bytes: int) -> None:
-    """Let go of pages that were read for this copy only. Small ranges are left to the system."""
-    if n_bytes >= BUFFER_BYTES and hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+    """Let go of pages that nobody else had asked for."""
+    _advise(fd, offset, n_bytes, "POSIX_FADV_DONTNEED")
 
 
 def _forget_large(fd: int, n_bytes: int) -> None:
