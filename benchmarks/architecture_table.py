@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from architecture_check import LEAST_GAP, Outcome, check  # noqa: E402
-from architectures import DENSE, GROUPED, MOE, N_EXPERTS, NOT_GENERATED, NOT_PRUNED, REFUSED  # noqa: E402
+from architectures import DENSE, GROUPED, MOE, N_EXPERTS, NOT_GENERATED, PREDICTING, REFUSED, WITH_PREDICTION  # noqa: E402
 from llama_tools import find_tool  # noqa: E402
 
 TARGET = ROOT / "docs" / "architectures.md"
@@ -82,14 +82,24 @@ def bullets(reasons: dict[str, str]) -> Iterator[str]:
 
 def document(outcomes: Sequence[Outcome], commit: str) -> str:
     """The whole page."""
-    passed = sum(outcome.passed for outcome in outcomes)
-    refused = sum(bool(outcome.refusal) for outcome in outcomes)
+    plain = [outcome for outcome in outcomes if not outcome.name.endswith(WITH_PREDICTION)]
+    predicting = [outcome for outcome in outcomes if outcome.name.endswith(WITH_PREDICTION)]
+    passed = sum(outcome.passed for outcome in plain)
+    refused = sum(bool(outcome.refusal) for outcome in plain)
     grouped = ", ".join(f"`{name}`" for name in sorted(GROUPED))
-    lines = [INTRODUCTION.format(commit=f"`{commit[:12]}`", n_moe=len(outcomes), grouped=grouped)]
-    lines += ["## The table", "", f"{passed} of {len(outcomes)} pass everything, {refused} are refused by name.", ""]
-    lines += table(cells(outcome) for outcome in outcomes)
-    lines += ["", "## Refused", "", "`reap.profile` raises `UnsupportedModelError` with the reason:", "", *bullets(REFUSED)]
-    lines += ["", "`reap.profile` works, `reap.prune` raises `UnsupportedModelError` with the reason:", "", *bullets(NOT_PRUNED)]
+    lines = [INTRODUCTION.format(commit=f"`{commit[:12]}`", n_moe=len(plain), grouped=grouped)]
+    lines += ["## The table", "", f"{passed} of {len(plain)} pass everything, {refused} are refused by name.", ""]
+    lines += table(cells(outcome) for outcome in plain)
+    lines += ["", PREDICTION, ""]
+    lines += table(cells(outcome) for outcome in predicting)
+    lines += [
+        "",
+        "## Refused",
+        "",
+        "`reap.profile` and `reap.prune` raise `UnsupportedModelError` with the name and the reason:",
+        "",
+        *bullets(REFUSED),
+    ]
     lines += [
         "",
         "## Not generated",
@@ -103,6 +113,13 @@ def document(outcomes: Sequence[Outcome], commit: str) -> str:
     lines += ["", "## Notes", "", *NOTES]
     return "\n".join(lines) + "\n"
 
+
+PREDICTION = """## Prediction blocks
+
+The program writes no multi-token-prediction blocks. Where llama.cpp can run one with experts, a copy of another block is added as one
+(`add_prediction_block`), and the same questions are put to that model: the block is profiled in a context of its own, fed as in
+llama.cpp's speculative decoding, which leaves out the first token of each sample. The logits do not depend on it; that it loads and runs
+after pruning is seen by profiling the pruned model again."""
 
 NOTES = (
     "- `llama4` multiplies the experts' input by the gate. Its output already holds the gate, so g·‖f‖ is ‖f‖ there.",
@@ -125,7 +142,7 @@ def main() -> int:
         if find_tool(program) is None:
             print(f"{program} was not built; see {Path(__file__).name}'s first lines", file=sys.stderr)
             return 2
-    outcomes = measure(MOE)
+    outcomes = measure([*MOE, *(name + WITH_PREDICTION for name in PREDICTING)])
     text = document(outcomes, pinned_commit())
     if options.check:
         same = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from architectures import GROUPED, N_EXPERTS, NOT_PRUNED, REFUSED, cut, write_model
+from architectures import GROUPED, N_EXPERTS, REFUSED, WITH_PREDICTION, cut, write_model
 from graph_oracle import Experts, Nodes, Routing, Sums, dump, group_gap, read_routing, read_tensors
 from llama_tools import find_tool
 
@@ -39,7 +38,7 @@ class Outcome:
     exact: bool | None = None  # counts equal to those of the graph's own nodes, sums to 1e-5
     loads_pruned: bool | None = None  # half the experts removed, the file's tensors as expected, finite logits
     as_removed: bool | None = None  # those logits equal the whole model's with the same experts never selected
-    refusal: str = ""  # UnsupportedModelError's sentence, of profile() or of prune()
+    refusal: str = ""  # UnsupportedModelError's sentence, of profile() and of prune()
     n_layers: int = 0
     n_tokens: int = 0
     worst: dict[str, float] = field(default_factory=dict)  # largest relative difference, by what was compared
@@ -70,11 +69,12 @@ class _Check:
         assert program is not None
         assert self.dump_program is not None
         self.gate_first = name == "llama4"
+        self.groups = GROUPED.get(name.removesuffix(WITH_PREDICTION))
         self.model = write_model(program, name, directory)
-        shutil.rmtree(directory / "narrow")
         self.tensors = read_tensors(self.model)
         self.experts = Experts(self.tensors)
         self.outcome.n_layers = len(self.experts.layers)
+        self.prediction_layer = self.experts.layers[-1] if name.endswith(WITH_PREDICTION) else None
         self.samples: list[list[int]] = []
 
     def run(self) -> Outcome:
@@ -85,7 +85,7 @@ class _Check:
             profile = self.profile()
             self.compare(profile, sums)
             self.prune(profile)
-            if self.outcome.name in {*REFUSED, *NOT_PRUNED}:
+            if self.outcome.name in REFUSED:
                 self.problem("was not refused")
         except UnsupportedModelError as error:
             self.outcome.refusal = str(error)
@@ -114,14 +114,15 @@ class _Check:
             self.samples = candidates
             return {}
         sums = {layer: Sums(N_EXPERTS) for layer in self.experts.layers}
-        for tokens, nodes in zip(candidates, dump(self.dump_program, self.model, candidates, self.directory), strict=True):
+        dumped = dump(self.dump_program, self.model, candidates, self.directory, prediction=self.prediction_layer is not None)
+        for tokens, nodes in zip(candidates, dumped, strict=True):
             routings = {layer: self.routing(nodes, layer) for layer in sums}
             if min(self.gap(nodes, layer, routing) for layer, routing in routings.items()) < LEAST_GAP:
                 continue
             self.samples.append(tokens)
             for layer, routing in routings.items():
                 self.check_nodes(layer, routing)
-                sums[layer].add(routing)
+                sums[layer].add(routing.without_first() if layer == self.prediction_layer else routing)
         self.outcome.n_tokens = SAMPLE_TOKENS * len(self.samples)
         if len(self.samples) < 4:
             self.problem(f"only {len(self.samples)} of {N_CANDIDATES} samples have a clear routing")
@@ -131,8 +132,7 @@ class _Check:
         return read_routing(nodes, layer, SAMPLE_TOKENS, self.gate_first)
 
     def gap(self, nodes: Nodes, layer: int, routing: Routing) -> float:
-        groups = GROUPED.get(self.outcome.name)
-        return min(routing.gap, group_gap(nodes, layer, SAMPLE_TOKENS, *groups) if groups else np.inf)
+        return min(routing.gap, group_gap(nodes, layer, SAMPLE_TOKENS, *self.groups) if self.groups else np.inf)
 
     def check_nodes(self, layer: int, routing: Routing) -> None:
         """The values are what the sums take them for."""
@@ -152,7 +152,8 @@ class _Check:
         first = profiles[0]
         ok = first.layers.tolist() == self.experts.layers or self.problem(f"layers {first.layers}, expected {self.experts.layers}")
         used = reap.inspect(self.model).n_experts_used
-        expected = np.full(len(first.layers), used * self.outcome.n_tokens)
+        unseen = [len(self.samples) if layer == self.prediction_layer else 0 for layer in self.experts.layers]
+        expected = used * (self.outcome.n_tokens - np.array(unseen))
         scores = first.score("reap")
         ok &= bool((first.counts.sum(axis=1) == expected).all()) or self.problem(f"counts add up to {first.counts.sum(axis=1)}")
         ok &= bool((np.isfinite(scores) == (first.counts > 0)).all()) or self.problem("REAP is not finite where there are counts")
@@ -190,16 +191,20 @@ class _Check:
         session = open_session(smaller, EngineOptions(**ENGINE))
         found = [session.logits(np.array(tokens, dtype=np.int32), 0) for tokens in self.samples[:4]]
         ok &= bool(np.isfinite(found).all()) or self.problem("the pruned model's logits are not finite")
+        again = reap.profile(smaller, [{"tokens": self.samples[0]}], **ENGINE)
+        ok &= bool((again.counts.sum(axis=1) > 0).all()) or self.problem("not every layer of the pruned model runs")
         self.outcome.loads_pruned = ok
         self.outcome.as_removed = self.compare_removed(kept, found)
 
     def compare_removed(self, kept: dict[int, list[int]], found: list[Any]) -> bool:
         removed = {layer: [expert for expert in range(N_EXPERTS) if expert not in ids] for layer, ids in kept.items()}
         assert self.dump_program is not None
-        virtual = dump(self.dump_program, self.model, self.samples[:4], self.directory, removed)
+        virtual = dump(self.dump_program, self.model, self.samples[:4], self.directory, removed=removed)
         ok = True
         for nodes, logits in zip(virtual, found, strict=True):
             for layer, ids in kept.items():
+                if layer == self.prediction_layer:
+                    continue  # the logits do not depend on it
                 selected = nodes[f"ffn_moe_topk-{layer}"]
                 ok &= bool(np.isin(selected, ids).all()) or self.problem(f"layer {layer}: removed experts were selected all the same")
             ok &= self.agree("logits", logits, nodes["logits"].reshape(logits.shape), 1e-5)

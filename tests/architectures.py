@@ -7,11 +7,12 @@ repeating the experts with noise, with the official `gguf` package and nothing o
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
@@ -33,11 +34,34 @@ MOE = (
 #: What it calls `NAME-moe.gguf` although there are no experts inside.
 DENSE = ("ernie4_5", "paddleocr")
 
-#: Name -> why reap refuses to profile it.
-REFUSED = {"refact": "llama.cpp loads its experts, but its graph never runs them"}
 
-#: Name -> why reap refuses to prune it.
-NOT_PRUNED = {"grovemoe": "it has a second set of experts (`ffn_*_chexps`), each of which serves a whole group of the first"}
+class PredictionBlock(NamedTuple):
+    """A multi-token-prediction block to add. like: the block to copy. keys: what must change with it."""
+
+    like: int
+    keys: Mapping[str, Any] = {}
+
+
+#: Architectures whose prediction block llama.cpp runs with experts; each is tested with one as well.
+PREDICTING = {
+    "cohere2moe": PredictionBlock(1),
+    "deepseek2": PredictionBlock(1),
+    "deepseek32": PredictionBlock(1),
+    "glm-dsa": PredictionBlock(1),
+    # sections are for images, and its prediction block cannot use them
+    "glm4moe": PredictionBlock(1, {"rope.dimension_sections": [0, 0, 0, 0]}),
+    "hy_v3": PredictionBlock(1),
+    "qwen35moe": PredictionBlock(1),
+    "qwen3next": PredictionBlock(1),
+}
+WITH_PREDICTION = "+mtp"
+
+#: What reap refuses, by name -> the reason.
+REFUSED = {
+    "grovemoe": "llama.cpp runs a second set of experts (`ffn_*_chexps`) for groups of the first, under the same names, and gives group c"
+    " the gate of expert c: removing experts would give the groups other gates",
+    "refact": "llama.cpp loads experts for this architecture, but its graph never runs them",
+}
 
 #: Architectures with experts that the program cannot write -> why.
 NOT_GENERATED = {
@@ -80,11 +104,16 @@ def write_models(program: Path, pattern: str, directory: Path) -> list[Path]:
 
 
 def write_model(program: Path, name: str, directory: Path) -> Path:
-    """The widened model of one architecture."""
-    narrow = directory / "narrow"
-    write_models(program, f"^{name}$", narrow)
-    target = directory / f"{name}.gguf"
-    widen(narrow / f"{name}-moe.gguf", target, groups=GROUPED.get(name))
+    """The widened model of one architecture; with a prediction block where the name ends in `+mtp`."""
+    architecture = name.removesuffix(WITH_PREDICTION)
+    narrow, wide, target = directory / "narrow", directory / "wide.gguf", directory / f"{name}.gguf"
+    write_models(program, f"^{architecture}$", narrow)
+    widen(narrow / f"{architecture}-moe.gguf", wide, groups=GROUPED.get(architecture))
+    shutil.rmtree(narrow)
+    if name == architecture:
+        return wide.rename(target)
+    add_prediction_block(wide, target, PREDICTING[architecture])
+    wide.unlink()
     return target
 
 
@@ -136,3 +165,39 @@ def cut(tensors: Mapping[str, Array], kept: Mapping[int, list[int]]) -> dict[str
 def all_but(names: Iterable[str]) -> str:
     """A pattern for the program that matches every architecture but these."""
     return f"^(?!({'|'.join(names)})$)"
+
+
+def add_prediction_block(source: Path, target: Path, block: PredictionBlock, *, seed: int = SEED) -> None:
+    """The same model with one block more, a copy of another with noise."""
+    reader = GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    n_layers = reader.fields[f"{architecture}.block_count"].contents()
+    n_embd = reader.fields[f"{architecture}.embedding_length"].contents()
+    rng = np.random.default_rng(seed)
+    writer = GGUFWriter(target, architecture)
+    for key, pair in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        value = block.keys.get(key.removeprefix(f"{architecture}."), pair.contents())
+        if key == f"{architecture}.block_count":
+            value = n_layers + 1
+        elif key == f"{architecture}.nextn_predict_layers":
+            value = 1
+        elif pair.types[0] == GGUFValueType.ARRAY and len(value) == n_layers:
+            value = [*value, value[-1]]
+        writer.add_key_value(key, value, pair.types[0], sub_type=pair.types[1] if len(pair.types) > 1 else None)
+    prefix, copy = f"blk.{block.like}.", f"blk.{n_layers}."
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    for name, values in list(tensors.items()):
+        # llama.cpp never asks for the scales of such a block, and then finds more tensors in the file than it asked for
+        if name.startswith(prefix) and not name.endswith("scale"):
+            tensors[copy + name[len(prefix) :]] = values + (0.1 * rng.standard_normal(values.shape)).astype(values.dtype)
+    tensors[f"{copy}nextn.eh_proj.weight"] = (0.1 * rng.standard_normal((n_embd, 2 * n_embd))).astype(np.float32)
+    for norm in ("enorm", "hnorm", "shared_head_norm"):
+        tensors[f"{copy}nextn.{norm}.weight"] = np.ones(n_embd, dtype=np.float32)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

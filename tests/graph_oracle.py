@@ -32,15 +32,21 @@ SCORES = ("ffn_moe_probs", "ffn_moe_probs_biased", "ffn_moe_probs_masked")
 
 
 def dump(
-    program: Path, model: Path, samples: Sequence[Sequence[int]], directory: Path, removed: Mapping[int, Iterable[int]] | None = None
+    program: Path,
+    model: Path,
+    samples: Sequence[Sequence[int]],
+    directory: Path,
+    *,
+    prediction: bool = False,
+    removed: Mapping[int, Iterable[int]] | None = None,
 ) -> list[Nodes]:
-    """Run every sample on its own; the nodes of each. `removed`: layer -> experts that are never to be selected."""
+    """Run every sample on its own; the nodes of each. `prediction`: the multi-token-prediction block as well. `removed`: layer -> experts
+    that are never to be selected."""
     text, out = directory / "samples.txt", directory / "nodes.bin"
     text.write_text("".join(" ".join(map(str, tokens)) + "\n" for tokens in samples), encoding="utf-8")
     removals = [f"{layer}:{','.join(map(str, experts))}" for layer, experts in (removed or {}).items()]
-    done = subprocess.run(
-        [str(program), str(model), str(text), str(out), *removals], capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [str(program), *(["--prediction"] if prediction else []), str(model), str(text), str(out), *removals]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise RuntimeError(f"{program.name} ended with {done.returncode}: {done.stderr[-1000:]}")
     nodes = read_nodes(out, len(samples))
@@ -88,6 +94,12 @@ class Routing:
     weighted: Floats | None  # [n_tokens, n_used, n_embd]; None where the gate comes before the experts
     activations: Floats  # [n_tokens, n_used, n_ff]
     scaled: bool  # not every family uses the scales that its file has
+
+    def without_first(self) -> Routing:
+        """All tokens but the first, which nothing precedes that it could be predicted from."""
+        weighted = None if self.weighted is None else self.weighted[1:]
+        arrays = (self.ids[1:], self.gates[1:], self.outputs[1:], self.scores[1:], weighted, self.activations[1:])
+        return Routing(*arrays, scaled=self.scaled)
 
     @property
     def gap(self) -> float:

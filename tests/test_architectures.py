@@ -13,10 +13,22 @@ from pathlib import Path
 import pytest
 
 from architecture_check import Outcome, check
-from architectures import DENSE, GROUPED, MOE, NOT_GENERATED, NOT_PRUNED, REFUSED, SHARES_CODE, all_but, has_experts, write_models
+from architectures import (
+    DENSE,
+    GROUPED,
+    MOE,
+    NOT_GENERATED,
+    PREDICTING,
+    REFUSED,
+    SHARES_CODE,
+    WITH_PREDICTION,
+    all_but,
+    has_experts,
+    write_models,
+)
 from llama_tools import ROOT, find_tool, missing, require_tool, source_directory
 
-SUPPORTED = [name for name in MOE if name not in {*REFUSED, *NOT_PRUNED}]
+SUPPORTED = [name for name in MOE if name not in REFUSED]
 NEVER_REFUSED = {"qwen3moe", "nemotron_h_moe", "deepseek2", "llama", "gpt-oss", "olmoe", "glm4moe"}  # llama: Mixtral; deepseek2: V3
 
 
@@ -32,7 +44,7 @@ def outcome_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", [*SUPPORTED, *(name + WITH_PREDICTION for name in PREDICTING)])
 def test_profiles_and_prunes(name: str, outcome_of: Callable[[str], Outcome]) -> None:
     outcome = outcome_of(name)
     assert outcome.problems == []
@@ -49,26 +61,14 @@ def test_is_refused_by_name_with_the_reason(name: str, outcome_of: Callable[[str
     outcome = outcome_of(name)
     assert outcome.problems == []
     assert outcome.profiles is None
-    assert f"{name} cannot be profiled" in outcome.refusal
-    assert "the model's file has experts, but the engine's graph never runs them" in outcome.refusal
-
-
-@pytest.mark.parametrize("name", NOT_PRUNED)
-def test_is_profiled_but_not_pruned(name: str, outcome_of: Callable[[str], Outcome]) -> None:
-    outcome = outcome_of(name)
-    assert outcome.problems == []
-    assert outcome.profiles
-    assert outcome.exact
-    assert outcome.loads_pruned is None
-    assert re.search(r"chexps.* cannot be cut: .*GroveMoE", outcome.refusal)
+    assert outcome.refusal.endswith(f"{name} models with experts are not supported: {REFUSED[name].replace('`', '')}")
 
 
 def test_the_lists_hold_together() -> None:
-    refused = {*REFUSED, *NOT_PRUNED}
-    assert len(refused) <= 5
-    assert refused <= set(MOE)
-    assert not NEVER_REFUSED & refused
-    assert set(GROUPED) <= set(MOE)
+    assert len(REFUSED) <= 5
+    assert set(REFUSED) <= set(MOE)
+    assert not NEVER_REFUSED & set(REFUSED)
+    assert {*GROUPED, *PREDICTING} <= set(MOE)
     everything = [*MOE, *DENSE, *NOT_GENERATED]
     assert len(everything) == len(set(everything))
     assert set(everything) >= NEVER_REFUSED
@@ -99,7 +99,7 @@ def test_no_architecture_with_experts_is_forgotten() -> None:
     def loads_experts(name: str | None) -> bool:
         return name is not None and (classes.get(name, False) or loads_experts(bases.get(name)))
 
-    with_experts = set()
+    with_experts: set[str] = set()
     for cases, name in re.findall(
         r"((?:case LLM_ARCH_\w+:\s*)+)return new llama_model_(\w+)\(", (source / "src/llama-model.cpp").read_text()
     ):

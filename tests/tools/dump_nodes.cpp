@@ -1,11 +1,13 @@
 // Independent of reap: runs a model over token ids with nothing but llama.h and writes down what its experts computed, node by node,
 // so that tests can add it up again. Can also remove experts while the model runs, by writing −inf over their router's values.
 //
-//     reap-dump-nodes MODEL SAMPLES OUT [LAYER:ID,ID,... ...]
+//     reap-dump-nodes [--prediction] MODEL SAMPLES OUT [LAYER:ID,ID,... ...]
 //
 // SAMPLES has one sample per line, token ids with spaces between. OUT is a sequence of records, the samples one after the other:
 //     int32 sample, int32 length of the name, the name, int32 type (0: float32, 1: int32), int64[4] shape (innermost first), the values
-// Written are all whole-named nodes `ffn_moe_*-LAYER` as they are computed, and at the end of each sample `logits`.
+// Written are all whole-named nodes `ffn_moe_*-LAYER` as they are computed, and at the end of each sample `logits`. With
+// --prediction the multi-token-prediction block runs as well, on each token and the hidden state of the one before it (zeros for the
+// first), as in llama.cpp's speculative decoding.
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "llama.h"
@@ -22,6 +24,10 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+// llama.cpp's staging interface (src/llama-ext.h), as its common/speculative.cpp uses it
+LLAMA_API void llama_set_embeddings_nextn(struct llama_context * ctx, bool value, bool masked);
+LLAMA_API float * llama_get_embeddings_nextn(struct llama_context * ctx);
 
 namespace {
 
@@ -133,9 +139,11 @@ std::map<int, std::vector<int>> read_removals(int n, char ** words) {
     return removed;
 }
 
-void run_sample(State & state, llama_context * context, int n_vocab, const std::vector<llama_token> & tokens) {
+// hidden: for a prediction block [n_tokens][n_embd], otherwise null.
+void decode(llama_context * context, const std::vector<llama_token> & tokens, float * hidden) {
     llama_memory_clear(llama_get_memory(context), true);
     llama_batch batch = llama_batch_init(static_cast<int32_t>(tokens.size()), 0, 1);
+    batch.embd = hidden;
     batch.n_tokens = static_cast<int32_t>(tokens.size());
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         batch.token[i] = tokens[static_cast<size_t>(i)];
@@ -146,10 +154,17 @@ void run_sample(State & state, llama_context * context, int n_vocab, const std::
     }
     const int32_t status = llama_decode(context, batch);
     llama_synchronize(context);
+    batch.embd = nullptr; // not the batch's to free
     llama_batch_free(batch);
     if (status != 0) {
         throw std::runtime_error("decode failed with status " + std::to_string(status));
     }
+}
+
+void run_sample(State & state, llama_context * context, llama_context * prediction, const std::vector<llama_token> & tokens) {
+    decode(context, tokens, nullptr);
+    const llama_model * model = llama_get_model(context);
+    const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     std::vector<float> logits;
     for (int32_t i = 0; i < static_cast<int32_t>(tokens.size()); ++i) {
         const float * row = llama_get_logits_ith(context, i);
@@ -157,10 +172,17 @@ void run_sample(State & state, llama_context * context, int n_vocab, const std::
     }
     const int64_t shape[4] = {n_vocab, static_cast<int64_t>(tokens.size()), 1, 1};
     write_record(state, "logits", 0, shape, logits.data(), logits.size() * sizeof(float));
+    if (prediction != nullptr) {
+        const size_t n_embd = static_cast<size_t>(llama_model_n_embd_out(model)); // hyper-connections make it wider
+        const float * hidden = llama_get_embeddings_nextn(context);
+        std::vector<float> shifted(n_embd, 0.0f);
+        shifted.insert(shifted.end(), hidden, hidden + (tokens.size() - 1) * n_embd);
+        decode(prediction, tokens, shifted.data());
+    }
     state.sample += 1;
 }
 
-void run(int argc, char ** argv) {
+void run(bool with_prediction, int argc, char ** argv) {
     State state;
     const auto samples = read_samples(argv[2]);
     state.removed = read_removals(argc - 4, argv + 4);
@@ -177,6 +199,7 @@ void run(int argc, char ** argv) {
     llama_model_params model_params = llama_model_default_params();
     ggml_backend_dev_t no_devices[] = {nullptr};
     model_params.devices = no_devices;
+    model_params.load_mtp = with_prediction;
     llama_model * model = llama_model_load_from_file(argv[1], model_params);
     if (model == nullptr) {
         throw std::runtime_error("the model cannot be loaded");
@@ -192,13 +215,24 @@ void run(int argc, char ** argv) {
     if (context == nullptr) {
         throw std::runtime_error("no context");
     }
+    llama_context * prediction = nullptr;
+    if (with_prediction) {
+        llama_set_embeddings_nextn(context, true, false);
+        params.ctx_type = LLAMA_CONTEXT_TYPE_MTP;
+        prediction = llama_init_from_model(model, params);
+        if (prediction == nullptr) {
+            throw std::runtime_error("no context for the prediction block");
+        }
+    }
     state.out.open(argv[3], std::ios::binary);
     state.out.exceptions(std::ios::failbit | std::ios::badbit);
-    const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
     for (const auto & tokens : samples) {
-        run_sample(state, context, n_vocab, tokens);
+        run_sample(state, context, prediction, tokens);
     }
     state.out.close();
+    if (prediction != nullptr) {
+        llama_free(prediction);
+    }
     llama_free(context);
     llama_model_free(model);
 }
@@ -206,12 +240,17 @@ void run(int argc, char ** argv) {
 }  // namespace
 
 int main(int argc, char ** argv) {
+    const bool with_prediction = argc > 1 && std::string(argv[1]) == "--prediction";
+    if (with_prediction) {
+        argv += 1;
+        argc -= 1;
+    }
     if (argc < 4) {
-        std::fprintf(stderr, "usage: %s MODEL SAMPLES OUT [LAYER:ID,ID,... ...]\n", argv[0]);
+        std::fputs("usage: reap-dump-nodes [--prediction] MODEL SAMPLES OUT [LAYER:ID,ID,... ...]\n", stderr);
         return 2;
     }
     try {
-        run(argc, argv);
+        run(with_prediction, argc, argv);
     } catch (const std::exception & error) {
         std::fprintf(stderr, "%s: %s\n", argv[1], error.what());
         return 1;
