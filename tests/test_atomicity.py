@@ -336,7 +336,7 @@ def test_the_cache_keeps_what_was_in_it_and_nothing_else(tmp_path: Path, monkeyp
     # what it wrote is only told to the disk, and the source's pages stay
     assert all(fd != "source" for fd, *_ in forgotten)
     forgotten.clear()
-    monkeypatch.setattr(writer, "_is_cached", lambda *_: False)
+    monkeypatch.setattr(writer, "is_cached", lambda *_: False)
     prune(source, tmp_path / "cold.gguf", plan)
     for advice in (os.POSIX_FADV_WILLNEED, os.POSIX_FADV_DONTNEED):
         assert sum(n_bytes for fd, _, n_bytes, kind in forgotten if fd == "source" and kind == advice) >= 32 << 20

@@ -22,7 +22,8 @@ from gguf import GGUFValueType
 
 from gguf_builder import build_moe
 from reap.errors import FormatError, OutputError, UsageError
-from reap.gguf import writer
+from reap.gguf import copying, writer
+from reap.gguf.copying import Copier
 from reap.gguf.reader import GGUFFile, ValueType
 from reap.gguf.writer import NewFile, NewTensor, Span, check_output, check_space, edit_metadata, encode_pair, merge_spans, write
 from reap.progress import Progress
@@ -132,10 +133,11 @@ def answer_zero(*_: Any, **__: Any) -> int:
 
 
 LADDERS = {
-    "copy_file_range": {},
-    "sendfile": {"copy_file_range": fail_with(errno.EXDEV)},
-    "buffer": {"copy_file_range": fail_with(errno.ENOSYS), "sendfile": fail_with(errno.EINVAL)},
-    "buffer after zeros": {"copy_file_range": answer_zero, "sendfile": answer_zero},
+    "splice": {},
+    "copy_file_range": {"splice": fail_with(errno.EINVAL)},
+    "sendfile": {"splice": fail_with(errno.EPERM), "copy_file_range": fail_with(errno.EXDEV)},
+    "buffer": {name: fail_with(errno.ENOSYS) for name in ("splice", "copy_file_range", "sendfile")},
+    "buffer after zeros": {name: answer_zero for name in ("splice", "copy_file_range", "sendfile")},
 }
 
 
@@ -143,8 +145,9 @@ LADDERS = {
 def test_every_way_of_copying_gives_the_same_file(source: GGUFFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ladder: str) -> None:
     for name, way in LADDERS[ladder].items():
         monkeypatch.setattr(os, name, way, raising=False)
-    monkeypatch.setattr(writer, "BUFFER_BYTES", 1000)
-    monkeypatch.setattr(writer, "_KERNEL_CHUNK_BYTES", 3000)
+    monkeypatch.setattr(copying, "BUFFER_BYTES", 1000)
+    monkeypatch.setattr(copying, "KERNEL_CHUNK_BYTES", 3000)
+    monkeypatch.setattr(copying, "PIPE_BYTES", 4096)
     write(tmp_path / "copy.gguf", copy_of(source))
     assert (tmp_path / "copy.gguf").read_bytes() == source.path.read_bytes()
 
@@ -162,11 +165,48 @@ def test_a_way_that_gives_up_in_the_middle_is_taken_over_without_a_seam(
             raise OSError(errno.EOPNOTSUPP, "no more")
         return real(target, src, offset, min(count, 777))
 
+    monkeypatch.setattr(os, "splice", fail_with(errno.EINVAL), raising=False)
     monkeypatch.setattr(os, "copy_file_range", fail_with(errno.EXDEV), raising=False)
     monkeypatch.setattr(os, "sendfile", flaky)
     write(tmp_path / "copy.gguf", copy_of(source))
     assert calls == 4
     assert (tmp_path / "copy.gguf").read_bytes() == source.path.read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="the system has no splice")
+@pytest.mark.parametrize("fails_at", range(1, 8))
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSPC])
+def test_what_is_left_in_a_pipe_is_neither_lost_nor_written_twice(
+    source: GGUFFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int, code: int
+) -> None:
+    real, calls = os.splice, 0
+
+    def flaky(src: int, dst: int, count: int, offset_src: int | None = None) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise OSError(code, os.strerror(code))
+        return real(src, dst, min(count, 5000 if offset_src is not None else 2000), offset_src)
+
+    monkeypatch.setattr(os, "splice", flaky)
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None
+    try:
+        write(tmp_path / "copy.gguf", copy_of(source))
+    except OutputError:
+        assert code == errno.ENOSPC
+        assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
+    else:
+        assert (tmp_path / "copy.gguf").read_bytes() == source.path.read_bytes()
+    assert before is None or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_server_that_copies_is_asked_to(source: GGUFFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(os, "copy_file_range"):
+        pytest.skip("the system has no copy_file_range")
+    assert copying.file_system(source.fileno())
+    assert Copier(source.fileno()).ways[0].__name__ == "_by_splice"
+    monkeypatch.setattr(copying, "file_system", lambda _: "nfs4")
+    assert Copier(source.fileno()).ways[0].__name__ == "_by_copy_file_range"
 
 
 def test_progress_ends_at_the_size(source: GGUFFile, tmp_path: Path) -> None:
@@ -183,7 +223,8 @@ def test_progress_ends_at_the_size(source: GGUFFile, tmp_path: Path) -> None:
 def test_a_write_that_fails_is_an_output_error_and_leaves_nothing(
     source: GGUFFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    monkeypatch.setattr(os, "copy_file_range", fail_with(code), raising=False)
+    for name in ("splice", "copy_file_range"):
+        monkeypatch.setattr(os, name, fail_with(code), raising=False)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OutputError, match="disk is full" if code == errno.ENOSPC else "Input/output error"):
         write(tmp_path / "copy.gguf", copy_of(source))

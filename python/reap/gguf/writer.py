@@ -22,20 +22,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reap.errors import FormatError, OutputError, UsageError
+from reap.gguf.copying import Copier, ask_for, forget, is_cached, memory_bytes, write_all
 from reap.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, SCALAR_CODES, GGUFFile, RegularFile, ValueType, pad
 from reap.progress import Progress, ProgressCallback
 
-BUFFER_BYTES = 8 << 20
-# one kernel call copies at most this much, so that Ctrl-C and progress are never far away
-_KERNEL_CHUNK_BYTES = 64 << 20
 # one step of a copy, how much is asked for before its turn, and after how much the disk is told to begin writing
 _STEP_BYTES = 8 << 20
 _AHEAD_BYTES = 32 << 20
 _WRITE_BACK_BYTES = 32 << 20
-# what a kernel or a file system answers when it does not offer a way of copying
-_NOT_OFFERED = frozenset(
-    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
-)
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _TEMPORARY_SUFFIX = ".reap-tmp"
 _SHARD_SUFFIX = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
@@ -300,7 +294,8 @@ def write_set(
                 fd, temporary = stack.enter_context(_temporary(_real(output)))
                 _write_pieces(fd, new_file.pieces(), counter)
                 os.fsync(fd)
-                _forget_large(fd, total)
+                if total > memory_bytes() // 4:
+                    forget(fd, 0, total)
             temporaries.append(temporary)
         if check is not None:
             with _explained(files[0][0]):
@@ -456,17 +451,30 @@ class _Counter:
 
 
 def _write_pieces(fd: int, pieces: Iterable[Piece], counter: _Counter) -> None:
-    copier, start, end = _Copier(fd), 0, 0
-    for piece, was_cached in _read_ahead(_steps(merge_spans(pieces))):
-        for n_bytes in copier.literal(piece) if isinstance(piece, bytes) else copier.span(piece):
-            counter.add(n_bytes)
-            end += n_bytes
-        if isinstance(piece, Span) and not was_cached:
-            _forget(piece.file.fileno(), piece.offset, piece.n_bytes)
-        if end - start >= _WRITE_BACK_BYTES:
-            # of dirty pages this drops none, but the disk begins to write them (Linux, mm/fadvise.c), instead of waiting for fsync
-            _forget(fd, start, end - start)
-            start = end
+    start, end = 0, 0
+    with Copier(fd) as copier:
+        for piece, was_cached in _read_ahead(_steps(merge_spans(pieces))):
+            for n_bytes in _copy(copier, piece):
+                counter.add(n_bytes)
+                end += n_bytes
+            if isinstance(piece, Span) and not was_cached:
+                forget(piece.file.fileno(), piece.offset, piece.n_bytes)
+            if end - start >= _WRITE_BACK_BYTES:
+                forget(fd, start, end - start)  # that is, begin to write, instead of waiting for fsync
+                start = end
+
+
+def _copy(copier: Copier, piece: Piece) -> Iterator[int]:
+    if isinstance(piece, bytes):
+        write_all(copier.target, piece)
+        yield len(piece)
+        return
+    done = 0
+    for n_bytes in copier.copy(piece.file.fileno(), piece.offset, piece.n_bytes):
+        if n_bytes == 0:
+            raise FormatError(f"{piece.file.path}: ends at byte {piece.offset + done:,}, but was longer when it was opened")
+        done += n_bytes
+        yield n_bytes
 
 
 def _steps(pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -484,103 +492,12 @@ def _read_ahead(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
     waiting: deque[tuple[Piece, bool]] = deque()
     n_waiting = 0
     for piece in pieces:
-        was_cached = isinstance(piece, bytes) or _is_cached(piece.file.fileno(), piece.offset)
+        was_cached = isinstance(piece, bytes) or is_cached(piece.file.fileno(), piece.offset)
         if isinstance(piece, Span) and not was_cached:
-            _advise(piece.file.fileno(), piece.offset, piece.n_bytes, "POSIX_FADV_WILLNEED")
+            ask_for(piece.file.fileno(), piece.offset, piece.n_bytes)
         waiting.append((piece, was_cached))
         n_waiting += _size((piece,))
         while n_waiting > _AHEAD_BYTES:
             n_waiting -= _size((waiting[0][0],))
             yield waiting.popleft()
     yield from waiting
-
-
-_Way = Callable[[int, int, int, int], int]
-
-
-def _by_copy_file_range(source: int, target: int, offset: int, n_bytes: int) -> int:
-    return os.copy_file_range(source, target, min(n_bytes, _KERNEL_CHUNK_BYTES), offset_src=offset)
-
-
-def _by_sendfile(source: int, target: int, offset: int, n_bytes: int) -> int:
-    return os.sendfile(target, source, offset, min(n_bytes, _KERNEL_CHUNK_BYTES))
-
-
-def _by_buffer(source: int, target: int, offset: int, n_bytes: int) -> int:
-    chunk = os.pread(source, min(n_bytes, BUFFER_BYTES), offset)
-    _write_all(target, chunk)
-    return len(chunk)
-
-
-def _write_all(target: int, chunk: bytes) -> None:
-    view = memoryview(chunk)
-    while view:
-        view = view[os.write(target, view) :]
-
-
-class _Copier:
-    """Appends to a file, by the fastest way that kernel and file systems offer; each step yields the bytes it wrote."""
-
-    def __init__(self, target: int) -> None:
-        self.target = target
-        self.ways: list[_Way] = [_by_sendfile, _by_buffer]
-        if hasattr(os, "copy_file_range"):
-            self.ways.insert(0, _by_copy_file_range)
-
-    def literal(self, chunk: bytes) -> Iterator[int]:
-        _write_all(self.target, chunk)
-        yield len(chunk)
-
-    def span(self, span: Span) -> Iterator[int]:
-        offset, end, source = span.offset, span.offset + span.n_bytes, span.file.fileno()
-        while offset < end:
-            n_bytes = self.step(source, offset, end - offset)
-            if n_bytes == 0:
-                raise FormatError(f"{span.file.path}: ends at byte {offset:,}, but was longer when it was opened")
-            offset += n_bytes
-            yield n_bytes
-
-    def step(self, source: int, offset: int, n_bytes: int) -> int:
-        while len(self.ways) > 1:
-            try:
-                copied = self.ways[0](source, self.target, offset, n_bytes)
-                if copied:
-                    return copied
-            except OSError as error:
-                if error.errno not in _NOT_OFFERED:
-                    raise
-            # not offered, or nothing copied although there is more: some file systems lie about both
-            del self.ways[0]
-        return self.ways[0](source, self.target, offset, n_bytes)
-
-
-# ---- the page cache, which belongs to others as well
-
-
-def _is_cached(fd: int, offset: int) -> bool:
-    """Whether the byte at `offset` is in memory already; True where the system cannot tell."""
-    if not hasattr(os, "RWF_NOWAIT"):
-        return True
-    try:
-        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-def _advise(fd: int, offset: int, n_bytes: int, advice: str) -> None:
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # it is advice
-            os.posix_fadvise(fd, offset, n_bytes, getattr(os, advice))
-
-
-def _forget(fd: int, offset: int, n_bytes: int) -> None:
-    """Let go of pages that nobody else had asked for."""
-    _advise(fd, offset, n_bytes, "POSIX_FADV_DONTNEED")
-
-
-def _forget_large(fd: int, n_bytes: int) -> None:
-    """Let go of a written file that would take more than a quarter of the memory."""
-    if n_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4:
-        _forget(fd, 0, n_bytes)
