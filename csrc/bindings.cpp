@@ -42,6 +42,10 @@ auto run(Session & session, Work && work) {
         return work();
     } catch (const reap::Interrupted &) {
         throw std::move(*signal);
+    } catch (const std::bad_alloc &) {
+        throw reap::EngineError("there is not enough memory; a smaller ctx-size, ubatch-size or cache type needs less");
+    } catch (const std::out_of_range & error) {
+        throw reap::EngineError(std::string("the engine failed: ") + error.what());
     }
 }
 

@@ -105,6 +105,11 @@ Session::Session(const SessionOptions & options) : options_(options) {
     resolve_options();
     context_.reset(create_context(collector_, LLAMA_CONTEXT_TYPE_DEFAULT));
     if (options_.prediction_layer >= 0) {
+        const int n_embd = llama_model_n_embd(model_.get());
+        if (llama_model_n_embd_out(model_.get()) != n_embd || llama_model_n_embd_inp(model_.get()) != n_embd) {
+            throw UnsupportedError("layer " + std::to_string(options_.prediction_layer) +
+                                   ": its prediction block takes hidden states of another width than the model's, which reap cannot feed it");
+        }
         prediction_context_.reset(create_context(prediction_, LLAMA_CONTEXT_TYPE_MTP));
         prediction_.set_threads(options_.threads);
         collector_.set_keep_hidden(true);

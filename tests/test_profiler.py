@@ -65,6 +65,11 @@ def test_shared_batches_long_samples_and_one_by_one_agree(model: Path) -> None:
     assert_same(split, alone)
 
 
+def test_the_smallest_batches(model: Path) -> None:
+    one = profile(model, samples(2, longest=20), batch_size=1, ubatch_size=1, **EXACT)
+    assert_same(one, profile(model, samples(2, longest=20), **EXACT))
+
+
 def test_domains_add_up(model: Path) -> None:
     whole = profile(model, samples(), **EXACT)
     a, b = whole.domain("a"), whole.domain("b")

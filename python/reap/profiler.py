@@ -97,15 +97,15 @@ def profile(
     elif resume:
         raise UsageError("resume needs a checkpoint to go on from")
     state = keeper.load() if keeper else None
-    session = open_session(
-        model,
-        options,
-        n_sequences=SHARED_SEQUENCES,
-        n_bytes=info.n_bytes,
-        head_on_host=True,
-        prediction_layer=_prediction_layer(info),
-    )
     try:
+        session = open_session(
+            model,
+            options,
+            n_sequences=SHARED_SEQUENCES,
+            n_bytes=info.n_bytes,
+            head_on_host=True,
+            prediction_layer=_prediction_layer(info),
+        )
         session.start_profile(list(info.moe_layers), info.n_experts)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{info.path}: {info.architecture} cannot be profiled: {error}") from error
@@ -234,9 +234,7 @@ def _prediction_layer(info: ModelInfo) -> int | None:
     layers = [layer for layer in info.moe_layers if layer >= info.n_layers - info.n_prediction_layers]
     if len(layers) > 1:
         named = ", ".join(map(str, layers))
-        raise UnsupportedModelError(
-            f"{info.path}: the layers {named} predict further tokens; the engine can run only one such layer with experts"
-        )
+        raise UnsupportedModelError(f"the layers {named} predict further tokens; the engine can run only one such layer with experts")
     return layers[0] if layers else None
 
 

@@ -64,7 +64,7 @@ def print_profile(measured: Profile, output: Path) -> None:
         [
             ("profile", output),
             ("experts", f"{measured.n_experts} in each of {measured.n_layers} layers; {never} were never routed to"),
-            ("tokens", f"{record.get('tokens', 0):,} of {record.get('samples', 0):,} samples"),
+            ("tokens", f"{record.get('tokens', 0):,} of {record.get('samples', 0):,} samples in {record.get('windows', 0):,} windows"),
             ("skipped", f"{record['skipped']:,} samples: {', '.join(record['skipped_lines'][:3])}" if record.get("skipped") else None),
             ("failed", f"{len(failed):,} samples: {'; '.join(failed[:3])}" if failed else None),
             ("domains", ", ".join(measured.domains) or None),
