@@ -181,7 +181,7 @@ def test_a_resumed_run_gives_the_same_to_the_last_bit(model: Path, tmp_path: Pat
         except Interrupted as stop:
             messages.append(str(stop))
     assert len(messages) >= 2
-    assert all("run.checkpoint keeps; resume" in message for message in messages)
+    assert all("run.checkpoint keeps; --resume" in message for message in messages)
     assert (resumed.counts == straight.counts).all()
     for name in SUMS:
         assert (getattr(resumed, name) == getattr(straight, name)).all()
@@ -234,10 +234,49 @@ def test_sigint_saves_and_says_how_to_go_on(model: Path, tmp_path: Path) -> None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert "Interrupted: stopped after" in errors
-    assert "resume to go on from there" in errors
+    assert "goes on from there" in errors
     kept = json.loads((tmp_path / "keep").read_text())
     assert kept["units"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_exits_with_130_and_goes_on(model: Path, tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "c.jsonl", samples(20000))
+    keep, out = tmp_path / "keep", tmp_path / "out.json"
+    arguments = [
+        "-m",
+        "reap",
+        "profile",
+        str(model),
+        str(text),
+        "-o",
+        str(out),
+        "-c",
+        "256",
+        "-ub",
+        "64",
+        "-t",
+        "1",
+        "--checkpoint",
+        str(keep),
+    ]
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from there" in errors
+    assert keep.exists()
+    assert not out.exists()
+    again = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "a checkpoint is there already" in again.stderr
+    short = write_jsonl(tmp_path / "d.jsonl", samples(5))
+    arguments[3], arguments[4] = str(model), str(short)
+    keep.unlink()
+    assert subprocess.run([sys.executable, *arguments], check=False, capture_output=True).returncode == 0
+    assert out.exists()
+    assert not keep.exists()  # the profile holds all of it
 
 
 def test_kills_lose_nothing_beyond_the_checkpoint(model: Path, tmp_path: Path) -> None:

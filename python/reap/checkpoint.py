@@ -53,7 +53,7 @@ class Checkpoint:
         self._saved_at = time.monotonic()
         self._cost = 0.0
         if self.path.exists() and not resume:
-            raise UsageError(f"{self.path}: a checkpoint is there already; resume to go on from it, or remove it to begin anew")
+            raise UsageError(f"{self.path}: a checkpoint is there already; --resume (resume=True) goes on from it, removing it begins anew")
 
     def load(self) -> State | None:
         """The state to go on from; None where there is no file yet."""

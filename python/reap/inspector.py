@@ -18,6 +18,7 @@ from reap.gguf.reader import GGUFModel, TensorInfo
 _HASH_WHOLE_BYTES = 256 << 10
 _HASH_BLOCK_BYTES = 4 << 10
 PROVENANCE_PREFIX = "reap."
+_MAX_PROVENANCE_BYTES = 4 << 20
 #: Far above llama.cpp's 512, so that a forged count costs no memory.
 MAX_LAYERS = 65_536
 # what quantising may add to a file: one scale for a tensor or an expert (NVFP4). A quantisation is the same model
@@ -216,6 +217,8 @@ def _hash_tensors(model: GGUFModel, tensors: tuple[TensorInfo, ...]) -> str:
 
 def _provenance(model: GGUFModel) -> dict[str, Any] | None:
     found = {key: pair for key, pair in model.metadata.items() if key.startswith(PROVENANCE_PREFIX)}
+    if sum(pair.n_bytes for pair in found.values()) > _MAX_PROVENANCE_BYTES:
+        raise FormatError(f"{model.path}: its {PROVENANCE_PREFIX}* keys take more than {_MAX_PROVENANCE_BYTES >> 20} MiB")
     for key, pair in found.items():
         if pair.length > MAX_EXPERTS:
             raise FormatError(f"{model.path}: {key} holds {pair.length:,} values, expected at most {MAX_EXPERTS:,}")

@@ -115,20 +115,20 @@ def shorten(value: object, width: int = 40, *, quote: bool = True) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def read_json(path: str | os.PathLike[str], *, what: str) -> Node:
+def read_json(path: str | os.PathLike[str], *, what: str, max_bytes: int = MAX_BYTES) -> Node:
     """The JSON object in `path`, which an error calls `what` ("profile", "plan").
 
     Raises UsageError where the file cannot be opened, FormatError where it is not strict JSON: NaN, Infinity, numbers beyond a
-    double, repeated keys, deep nesting and files over 512 MiB are refused.
+    double, repeated keys, deep nesting and files over `max_bytes` are refused.
     """
     name = os.fspath(path)
     try:
         with open(name, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            raw = file.read(max_bytes + 1)
     except OSError as error:
         raise UsageError(f"{name}: cannot read the {what}: {error.strerror or error}") from error
-    if len(raw) > MAX_BYTES:
-        raise FormatError(f"{name}: is larger than {MAX_BYTES >> 20} MiB and so no {what} of reap")
+    if len(raw) > max_bytes:
+        raise FormatError(f"{name}: is larger than {max_bytes >> 20} MiB and so no {what} of reap")
     node = Node(parse_json(raw, name), name)
     node.members()
     return node

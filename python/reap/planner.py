@@ -22,6 +22,8 @@ from reap.scores import Floats, Profile, check_calibration, check_format, check_
 FORMAT = "reap.plan"
 VERSION = 1
 BLENDS = ("sum", "maxmin")
+# 100 layers of 1,024 experts are half a megabyte
+_MAX_BYTES = 8 << 20
 
 Protect = str | tuple[int, int]
 _PROTECT_ENTRY = re.compile(r"([0-9]{1,6})(?::([0-9]{1,7}))?", re.ASCII)
@@ -86,7 +88,7 @@ class PrunePlan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PrunePlan:
         """Read a plan, which people edit. UsageError where the file cannot be read, FormatError where any field of it is wrong."""
-        root = read_json(path, what="plan")
+        root = read_json(path, what="plan", max_bytes=_MAX_BYTES)
         check_format(root, FORMAT, VERSION)
         model = root["model"]
         n_experts = model["n_experts"].integer(1, EXPERT_LIMIT)

@@ -116,7 +116,9 @@ def profile(
         if keeper is None:
             raise
         keeper.save(run.state())
-        raise Interrupted(f"stopped after {session.units} samples, which {keeper.path} keeps; resume to go on from there") from interrupt
+        raise Interrupted(
+            f"stopped after {session.units} samples, which {keeper.path} keeps; --resume (resume=True) goes on from there"
+        ) from interrupt
     if keeper:
         keeper.save(run.state())
     return _to_profile(info, options, source, run)

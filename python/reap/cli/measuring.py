@@ -52,6 +52,8 @@ def profile(
             **engine,
         )
     measured.save(output)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)  # the profile holds all of it now
     print_profile(measured, output)
 
 

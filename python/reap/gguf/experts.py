@@ -85,6 +85,7 @@ _EXPERTS = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")
 _ROUTER = "ffn_gate_inp.weight"
 #: Far above llama.cpp's 1,024, so that a forged count costs no memory.
 MAX_EXPERTS = 65_536
+_MAX_TEXT_BYTES = 65_536
 _UNKNOWN = "may belong to the experts, but reap does not know this tensor"
 
 
@@ -138,8 +139,10 @@ def read_architecture(model: GGUFModel) -> str:
 
 
 def read_text(model: GGUFModel, key: str) -> str | None:
-    """A metadata string, or None if the key is missing or holds something else."""
+    """A metadata string, or None if the key is missing or holds something else. Raises FormatError for one of more than 64 KiB."""
     found = model.metadata.get(key)
+    if found is not None and found.type == ValueType.STRING and found.n_bytes > _MAX_TEXT_BYTES:
+        raise FormatError(f"{model.path}: {key} is {found.n_bytes:,} bytes long, expected at most {_MAX_TEXT_BYTES:,}")
     return found.value if found is not None and found.type == ValueType.STRING else None
 
 

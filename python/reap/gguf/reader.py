@@ -31,7 +31,9 @@ MAX_DIMS = 4
 #: Limits far above any real file, so that a forged count costs neither time nor memory.
 MAX_KEYS = 65_536
 MAX_TENSORS = 131_072
-MAX_STRINGS = 4_194_304
+MAX_STRINGS = 2_097_152
+MAX_HEADER_BYTES = 96 << 20
+_HEADER_LIMIT = f"{MAX_HEADER_BYTES >> 20} MiB"
 MAX_NAME_BYTES = 65_535
 MAX_ALIGNMENT = 1 << 24
 
@@ -199,6 +201,7 @@ class _Parser:
     def __init__(self, path: Path, data: memoryview, shard: int) -> None:
         self.path, self.data, self.size, self.shard = path, data, len(data), shard
         self.position = 0
+        self.limit = min(self.size, MAX_HEADER_BYTES)
         self.n_strings = 0
 
     def fail(self, message: str) -> FormatError:
@@ -209,6 +212,8 @@ class _Parser:
         start = self.position
         if n_bytes > self.size - start:
             raise self.fail(f"{what} needs {n_bytes:,} bytes at offset {start:,}, but the file ends at {self.size:,}")
+        if n_bytes > self.limit - start:
+            raise self.fail(f"{what} makes the header larger than the {_HEADER_LIMIT} that it may take")
         self.position = start + n_bytes
         return start
 
@@ -281,15 +286,16 @@ class _Parser:
         self.n_strings += length
         if self.n_strings > MAX_STRINGS or length * 8 > self.size - self.position:
             raise self.fail(f"{what} claims {length:,} strings, more than the file can hold")
-        position, data, unpack = self.position, self.data, _U64.unpack_from
+        position, data, unpack = self.position, self.data[: self.limit], _U64.unpack_from
         try:
             # the hot loop of opening a file: half a million turns; the checks are those of unpack_from
             for _ in repeat(None, length):
                 position += 8 + unpack(data, position)[0]
         except (struct.error, OverflowError):
             position = self.size + 1
-        if position > self.size:
-            raise self.fail(f"{what} holds a string that runs past the end of the file at {self.size:,}")
+        if position > self.limit:
+            where = f"the end of the file at {self.size:,}" if self.limit == self.size else f"the {_HEADER_LIMIT} that a header may take"
+            raise self.fail(f"{what} holds a string that runs past {where}")
         self.position = position
 
     def alignment(self, metadata: Mapping[str, MetadataValue]) -> int:
