@@ -104,6 +104,13 @@ Session::Session(const SessionOptions & options) : options_(options) {
     load_model();
     resolve_options();
     context_.reset(create_context(collector_, LLAMA_CONTEXT_TYPE_DEFAULT));
+    if (llama_get_memory(context_.get()) == nullptr) {
+        // no cache: every token sees every other one (diffusion models), so a window has to be one ubatch, and alone
+        options_.n_sequences = 1;
+        options_.ubatch_size = options_.batch_size = options_.ctx_size;
+        context_.reset();
+        context_.reset(create_context(collector_, LLAMA_CONTEXT_TYPE_DEFAULT));
+    }
     if (options_.prediction_layer >= 0) {
         const int n_embd = llama_model_n_embd(model_.get());
         if (llama_model_n_embd_out(model_.get()) != n_embd || llama_model_n_embd_inp(model_.get()) != n_embd) {
@@ -124,13 +131,9 @@ void Session::resolve_options() {
     if (o.ctx_size <= 0) {
         o.ctx_size = n_ctx_train();
     }
-    // a recurrent state is kept per sequence and its batches are cut into equal parts; diffusion models see the whole batch at once
-    const bool diffusion = llama_model_is_diffusion(model_.get());
+    // a recurrent state is kept per sequence, and its batches are cut into equal parts
     const bool recurrent = llama_model_is_recurrent(model_.get()) || llama_model_is_hybrid(model_.get());
-    o.n_sequences = diffusion || recurrent ? 1 : std::clamp(o.n_sequences, 1, static_cast<int>(llama_max_parallel_sequences()));
-    if (diffusion) {
-        o.ubatch_size = o.batch_size = o.ctx_size;
-    }
+    o.n_sequences = recurrent ? 1 : std::clamp(o.n_sequences, 1, static_cast<int>(llama_max_parallel_sequences()));
     if (o.n_sequences == 1) {
         o.ubatch_size = std::min(o.ubatch_size, o.ctx_size);
     }
