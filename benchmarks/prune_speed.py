@@ -4,7 +4,9 @@
 
 Needs about 8 GB of disk. Prints, from one run:
 - bytes written per second of prune() and of `cp --reflink=never` of a file of the output's size on the same disk, in turn, with fsync on
-  both; once with the sources in memory and once not; medians and the ratio of each pair. Nothing is sparse there.
+  both; once with the sources in memory and once not; medians and the ratio of each pair. Nothing is sparse there. Where the source is
+  not in memory the disk has to read ranges that lie apart, which `cp` of a whole file does not: so there is also the rate of a plain
+  loop of reads and writes over the same ranges, and what the disk alone reads either way;
 - the same against the `gguf` package's reader and writer with numpy.take;
 - whether the kernel shared blocks between source and output (FIEMAP);
 - peak resident memory of a pruning process for inputs of 1, 4 and 16 GB (sparse files, whose outputs are written in full);
@@ -94,7 +96,7 @@ def write_model(path: Path, n_layers: int, *, sparse: bool, n_vocab: int = 0) ->
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list([f"token{index}" for index in range(n_vocab)])
         writer.add_token_types([1] * n_vocab)
-        writer.add_token_merges([f"to ken{index}" for index in range(2 * n_vocab)])
+        writer.add_token_merges([f"to ken{index}" for index in range(n_vocab)])
     sizes = []
     for layer in range(n_layers):
         sizes.append(add_tensor(writer, f"blk.{layer}.ffn_gate_inp.weight", (N_EXPERTS, N_EMBD), GGMLQuantizationType.F32))
@@ -220,6 +222,55 @@ def describe_machine(folder: Path) -> None:
     print(f"Python {platform.python_version()}, reap {reap.__version__}, load average {os.getloadavg()[0]:.1f}\n", flush=True)
 
 
+def kept_ranges(model: Path, plan: Path) -> list[tuple[int, int]]:
+    """(offset, bytes) of what a prune copies, neighbours drawn together."""
+    layers, ranges = PrunePlan.load(plan).layers, list[tuple[int, int]]()
+    for tensor in GGUFReader(model).tensors:
+        size = int(tensor.n_bytes) // N_EXPERTS
+        for expert in layers[int(tensor.name.split(".")[1])]:
+            start = int(tensor.data_offset) + expert * size
+            if ranges and sum(ranges[-1]) == start:
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + size)
+            else:
+                ranges.append((start, size))
+    return ranges
+
+
+def plain_loop(source: Path, ranges: list[tuple[int, int]], target: Path | None) -> None:
+    """What `cp` does, over ranges: reads and writes of 128 KiB, and an fsync."""
+    buffer = memoryview(bytearray(128 << 10))
+    with open(source, "rb", buffering=0) as file, open(target or os.devnull, "wb", buffering=0) as out:
+        for start, n_bytes in ranges:
+            file.seek(start)
+            while n_bytes > 0:
+                done = file.readinto(buffer[:n_bytes])
+                out.write(buffer[:done])
+                n_bytes -= done
+        if target is not None:
+            os.fsync(out.fileno())
+
+
+def compare_scattered(model: Path, plan: Path, reference: Path, pairs: int) -> None:
+    """Prune against a plain loop over the same ranges, none of it in memory; and what the disk alone does."""
+    output, ranges = model.with_name("output.gguf"), kept_ranges(model, plan)
+    n_bytes = sum(size for _, size in ranges)
+    ratios = []
+    for pair in range(pairs):
+        seconds = {}
+        for name in ("prune", "loop") if pair % 2 else ("loop", "prune"):
+            forget(model)
+            work = (lambda: reap.prune(model, output, plan)) if name == "prune" else (lambda: plain_loop(model, ranges, output))
+            seconds[name] = timed(work, output)
+        ratios.append(seconds["loop"] / seconds["prune"])
+    print(f"  against a plain loop over the same ranges, not in memory: ratio {statistics.median(ratios):.2f}", end="")
+    print(f" (pairs: {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    forget(reference)
+    whole = timed(lambda: plain_loop(reference, [(0, reference.stat().st_size)], None), output)
+    forget(model)
+    apart = timed(lambda: plain_loop(model, ranges, None), output)
+    print(f"  the disk alone: a whole file {n_bytes / whole / 1e6:.0f} MB/s, the ranges {n_bytes / apart / 1e6:.0f} MB/s", flush=True)
+
+
 def compare_with_cp(model: Path, plan: Path, pairs: int) -> Path:
     """Rates in turn; the output."""
     output, target = model.with_name("output.gguf"), model.with_name("copy.gguf")
@@ -242,7 +293,9 @@ def compare_with_cp(model: Path, plan: Path, pairs: int) -> Path:
         print(f"  source {state:13}: prune {rates['prune']:6.0f} MB/s, cp {rates['cp']:6.0f} MB/s", end="")
         print(f", ratio {ratio:.2f} (pairs: {spread}); wall {statistics.median(times['prune']):.2f} s", flush=True)
     target.unlink()
+    compare_scattered(model, plan, reference, pairs)
     reference.unlink()
+    reap.prune(model, output, plan, force=True)
     assert_right(model, output, plan)
     return output
 
@@ -291,7 +344,7 @@ def memory(folder: Path, gigabytes: list[int]) -> None:
 def inspection(folder: Path, repeats: int) -> None:
     """Of `reap inspect` as a user runs it, and of the call."""
     print("\nreap inspect, median of the whole process, and of the call reap.inspect() in a process of its own")
-    cases: list[tuple[str, int, int]] = [("a vocabulary of 151,936, 300,000 merges", 2, 151_936), ("200 GB, sparse", 590, 0)]
+    cases: list[tuple[str, int, int]] = [("151,936 tokens and as many merges", 2, 151_936), ("200 GB, sparse", 590, 0)]
     call = "import sys, time; import reap; t = time.perf_counter(); reap.inspect(sys.argv[1]); print(time.perf_counter() - t)"
     for label, n_layers, n_vocab in cases:
         model = write_model(folder / "inspected.gguf", n_layers, sparse=True, n_vocab=n_vocab)

@@ -115,13 +115,14 @@ def shorten(value: object, width: int = 40, *, quote: bool = True) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def read_json(path: str | os.PathLike[str], *, what: str, max_bytes: int = MAX_BYTES) -> Node:
+def read_json(path: str | os.PathLike[str], *, what: str, max_bytes: int | None = None) -> Node:
     """The JSON object in `path`, which an error calls `what` ("profile", "plan").
 
     Raises UsageError where the file cannot be opened, FormatError where it is not strict JSON: NaN, Infinity, numbers beyond a
-    double, repeated keys, deep nesting and files over `max_bytes` are refused.
+    double, repeated keys, deep nesting and files over `max_bytes` (None: 512 MiB) are refused.
     """
     name = os.fspath(path)
+    max_bytes = MAX_BYTES if max_bytes is None else max_bytes
     try:
         with open(name, "rb") as file:
             raw = file.read(max_bytes + 1)
