@@ -1,6 +1,6 @@
 """Profile speed against plain forward passes of the same engine, on models with the dimensions of real ones and few layers.
 
-    python benchmarks/profile_speed.py [--models qwen3 nemotron] [--types Q8_0 Q4_K] [--threads 2 1] [--repeats 5]
+    python benchmarks/profile_speed.py [--models qwen3 nemotron] [--types Q8_0 Q4_K] [--threads 2 1] [--repeats 5] [--no-repack]
 
 One run, one session for each model and thread count, the passes in turn: `all` yields every token's logits, `last` the last token's
 (what llama-bench times), `profile` stops after the last MoE layer. Ratios are of medians of paired passes; above 1 the profile is faster.
@@ -44,7 +44,7 @@ def main() -> None:
                 path = write_model(Path(folder) / "m.gguf", MODELS[model], Type[kind])
                 print(f"\n{MODELS[model].name} {kind}, layers {MODELS[model].pattern}, {path.stat().st_size / 1e9:.2f} GB", flush=True)
                 for threads in args.threads:
-                    compare(path, MODELS[model], threads, args.repeats)
+                    compare(path, MODELS[model], threads, args.repeats, not args.no_repack)
                 compare_memory(path, MODELS[model])
 
 
@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q4_K"])
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-repack", action="store_true", help="the CPU backend's plain kernels, as on a processor without AMX")
     parser.add_argument("--dir", help="where the models are written (default: the temporary folder)")
     return parser.parse_args()
 
@@ -61,11 +62,11 @@ def parse_arguments() -> argparse.Namespace:
 class Passes:
     """The passes over one session."""
 
-    def __init__(self, path: Path, d: Dimensions, threads: int) -> None:
+    def __init__(self, path: Path, d: Dimensions, threads: int, repack: bool = True) -> None:
         core = _native.load()
         options = core.SessionOptions()
         options.model_path, options.ctx_size, options.ubatch_size = str(path), N_TOKENS, N_TOKENS
-        options.threads, options.n_sequences = threads, N_SHORT
+        options.threads, options.n_sequences, options.repack = threads, N_SHORT, repack
         self.session = core.Session(options)
         self.layers = [layer for layer, letter in enumerate(d.pattern) if letter in "AE"]
         self.session.start_profile(self.layers, d.n_experts)
@@ -102,8 +103,8 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def compare(path: Path, d: Dimensions, threads: int, repeats: int) -> None:
-    passes = Passes(path, d, threads)
+def compare(path: Path, d: Dimensions, threads: int, repeats: int, repack: bool) -> None:
+    passes = Passes(path, d, threads, repack)
     works = [passes.all, passes.last, passes.profile, passes.short_alone, *([passes.short_together] if passes.shared else [])]
     for work in works[:3]:
         work()  # weights are read, buffers allocated
