@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_torch_oracle as first
 
 import reap
+import test_torch_oracle as first
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]  # torch and transformers warn about themselves
 
@@ -25,6 +25,7 @@ FAMILIES = {  # the name of the test's model: llama.cpp's name of the architectu
     "granite_swa": ("granite_swa", [0, 1], 3),
     "granite_hybrid": ("granitehybrid", [0, 1], 3),
     "jamba": ("jamba", [1, 3], 2),
+    "deepseek_ocr": ("deepseek2-ocr", [1, 2], 3),
 }
 needs = first.needs  # the same may be missing here as there
 

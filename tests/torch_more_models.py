@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_models
 from tokenizers import Tokenizer, decoders, models, normalizers
-from torch_models import NEVER_SELECTED, VOCAB
 from transformers import (
     Gemma4ForCausalLM,
     Gemma4TextConfig,
@@ -31,6 +29,12 @@ from transformers import (
     Step3p7Config,
     Step3p7ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel, DeepseekOcr2TextPreTrainedModel
+
+import torch_models
+from torch_models import NEVER_SELECTED, VOCAB
 
 _SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -160,6 +164,39 @@ def step35() -> PreTrainedModel:
     return Step3p7ForConditionalGeneration(config)
 
 
+class DeepseekOcrText(DeepseekOcr2TextPreTrainedModel):
+    """transformers has an output head only for text and pictures together; this is one for the text half."""
+
+    def __init__(self, config: DeepseekOcr2TextConfig) -> None:
+        super().__init__(config)
+        self.model = DeepseekOcr2TextModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids=input_ids).last_hidden_state))
+
+
+def deepseek_ocr() -> PreTrainedModel:
+    """A scaled softmax that is not renormalised, two shared experts, a dense first layer."""
+    config = DeepseekOcr2TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        n_shared_experts=2,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        routed_scaling_factor=1.5,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        max_position_embeddings=256,
+        **_SPECIAL_IDS,
+    )
+    return DeepseekOcrText(config)
+
+
 @dataclass(frozen=True)
 class Family:
     """How to build one model: the function, a seed whose routers leave no near-ties on `samples`, and what else it needs."""
@@ -178,6 +215,7 @@ FAMILIES: dict[str, Family] = {
     "granite_swa": Family(granite_swa, 2),
     "granite_hybrid": Family(granite_hybrid, 1),
     "jamba": Family(jamba, 1, byte_fallback=True),
+    "deepseek_ocr": Family(deepseek_ocr, 1),
     "gemma4_gelu": Family(gemma4, 1, byte_fallback=True),
 }
 
@@ -196,7 +234,7 @@ def build(name: str, seed: int | None = None) -> PreTrainedModel:
 
 def save(name: str, model: PreTrainedModel, directory: Path) -> Path:
     """Write the model and a tokenizer as a Hugging Face checkpoint of the kind the converter reads."""
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, state_dict=_published_names(model) if name == "deepseek_ocr" else None)
     tokenizer = byte_fallback_tokenizer() if FAMILIES[name].byte_fallback else torch_models.make_tokenizer()
     tokenizer.save_pretrained(directory)
     if name in _PUBLISHED:
@@ -218,7 +256,30 @@ def _publish_granite_hybrid(path: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-_PUBLISHED = {"step35": _publish_step35, "granite_hybrid": _publish_granite_hybrid}
+def _published_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights as published, with a matrix for each expert."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            for expert, (gate, up) in enumerate(matrix.chunk(2) for matrix in tensor):
+                tensors[f"{prefix}{expert}.gate_proj.weight"] = gate.clone()
+                tensors[f"{prefix}{expert}.up_proj.weight"] = up.clone()
+        elif name.endswith("experts.down_proj"):
+            tensors.update({f"{name.removesuffix('down_proj')}{expert}.down_proj.weight": m.clone() for expert, m in enumerate(tensor)})
+        else:
+            tensors[name] = tensor
+    return tensors
+
+
+def _publish_deepseek_ocr(path: Path) -> None:
+    config = json.loads(path.read_text())
+    del config["model_type"], config["head_dim"], config["mlp_layer_types"]
+    config |= {"architectures": ["DeepseekOCRForCausalLM"], "first_k_dense_replace": 1, "norm_topk_prob": False, "qk_rope_head_dim": 0}
+    path.write_text(json.dumps(config))
+
+
+_PUBLISHED = {"step35": _publish_step35, "granite_hybrid": _publish_granite_hybrid, "deepseek_ocr": _publish_deepseek_ocr}
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
 from numpy.typing import NDArray
+
+import oracle
 from oracle import Floats, LayerSums, Selection
 
 
@@ -62,6 +63,11 @@ def granite_route(moe: MoE, logits: Floats) -> Selection:
 
 def jamba_route(moe: MoE, logits: Floats) -> Selection:
     return oracle.route_softmax(logits, moe.config, renormalise=False)
+
+
+def deepseek_ocr_route(moe: MoE, logits: Floats) -> Selection:
+    ids, gates, gap = oracle.route_softmax(logits, moe.config, renormalise=False)
+    return ids, [gate * moe.config.routed_scaling_factor for gate in gates], gap
 
 
 def step35_route(moe: MoE, logits: Floats) -> Selection:
@@ -112,6 +118,7 @@ FORMULAS = {
     "granitemoe_swa": Formulas(granite_route),
     "granitemoehybrid": Formulas(granite_route),
     "jamba": Formulas(jamba_route),
+    "deepseek_ocr2_text": Formulas(deepseek_ocr_route),
     "step3p5": Formulas(step35_route, step35_expert),
 }
 
