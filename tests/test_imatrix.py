@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from gguf_builder import build_moe
 from imatrices import matrix_values, read_gguf_imatrix, read_legacy_imatrix, sizes_of, write_gguf_imatrix, write_legacy_imatrix
-from llama_tools import find_tool
+from llama_tools import require_tool
 from reap.errors import FormatError, MismatchError, OutputError, UsageError
 from reap.gguf import verification
 from reap.gguf.imatrix import Experts, read_imatrix
@@ -186,9 +186,7 @@ def test_a_hostile_gguf_matrix_is_a_format_error(tmp_path: Path) -> None:
 
 def test_the_cut_matrix_quantises_the_pruned_model_as_llama_cpp_would(tmp_path: Path) -> None:
     """A pruned F16 model quantised with the cut matrix has the kept experts of the whole one quantised with the whole matrix."""
-    tool = find_tool("llama-quantize")
-    if tool is None:
-        pytest.skip("llama-quantize was not built; the cut matrix's values are compared with numpy above")
+    tool = require_tool("llama-quantize")
     sizes = dict(n_embd=256, n_ff=256, n_vocab=32, n_layers=2)
     source = build_moe(tmp_path / "m.gguf", expert_type=GGMLQuantizationType.F16, **sizes)
     for write, suffix in ((write_gguf_imatrix, ".imatrix.gguf"), (write_legacy_imatrix, ".imatrix")):
