@@ -15,16 +15,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGUFValueType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import reap
 from gguf_builder import build_moe
-from profiles import make_profile
+from profiles import make_profile, reference_document
 from reap import _native
 from reap.cli import main
 from reap.errors import FormatError, ReapError
@@ -355,6 +357,49 @@ def test_a_hostile_plan_or_profile_is_refused(tmp_path: Path, kind: str, attack:
         assert main(["prune", str(model_path), *command, "-o", str(tmp_path / "out.gguf")]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+# ---- anything at all in the place of anything
+
+STRANGE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, -1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, 5e-324, "", "1", "\ud800", [], {}, [[]], {"1": {}}]),
+    st.recursive(st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3), max_leaves=5),
+)
+
+
+def places(document: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of every value in a document; of lists the first few."""
+    keys = list(document) if isinstance(document, dict) else list(range(min(4, len(document)))) if isinstance(document, list) else []
+    found = [(document, key) for key in keys]
+    return found + [place for key in keys for place in places(document[key])]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("kind", ["plan", "profile", "reference"])
+@given(data=st.data())
+def test_no_value_in_a_plan_or_profile_can_do_worse_than_an_error(tmp_path: Path, kind: str, data: Any) -> None:
+    make = {"plan": plan_document, "profile": profile_document, "reference": reference_document}[kind]
+    document = json.loads(json.dumps(make()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        container, key = data.draw(st.sampled_from(places(document)))
+        if data.draw(st.integers(0, 3)):
+            container[key] = data.draw(STRANGE)
+        else:
+            del container[key]
+        if not places(document):
+            break
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(document))
+    with warnings.catch_warnings(), suppress(ReapError):
+        warnings.simplefilter("ignore")
+        if kind == "plan":
+            PrunePlan.load(path).to_dict()
+        else:
+            profile = Profile.load(path)
+            reap.plan(profile, keep=4 if kind == "profile" else 2).to_dict()
+            reap.merge([profile, profile])
 
 
 # ---- nothing is ever unpickled

@@ -15,7 +15,7 @@ from reap.gguf.experts import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count
 from reap.gguf.reader import GGUFModel, TensorInfo
 
 # of a router that is larger, so many blocks, spread evenly, stand for the whole: the routers of a large model are half a gigabyte
-_HASH_WHOLE_BYTES = 256 << 10
+_HASH_WHOLE_BYTES = 64 << 10
 _HASH_BLOCK_BYTES = 4 << 10
 PROVENANCE_PREFIX = "reap."
 _MAX_PROVENANCE_BYTES = 4 << 20
@@ -36,7 +36,7 @@ class ModelInfo:
     many of them a token may use. tensor_types: ggml type name -> number of tensors. n_bytes: of the file or all shards.
     expert_bytes: of all experts' tensors, routers not included; other_bytes: all else. bytes_per_expert: what removing
     one expert from every MoE layer saves, router rows included. fingerprint: equal for two quantisations of one
-    model. router_fingerprint: of the routers' bytes (of each that is larger than 256 KiB, of 64 blocks of it). provenance: the
+    model. router_fingerprint: of the routers' bytes (of each that is larger than 64 KiB, of 16 blocks of it). provenance: the
     reap.* keys of a pruned file. refusals: why the model cannot be pruned, empty if it can.
     """
 
