@@ -243,15 +243,17 @@ def save(name: str, model: PreTrainedModel, directory: Path) -> Path:
 
 
 def _publish_step35(path: Path) -> None:
-    """transformers writes the configuration in its own words; the converter knows the published ones."""
+    """transformers writes the settings under names of its own; the converter knows the published ones.
+
+    The model's type stays out: with it, the converter has transformers read the file, and gets the other names again.
+    """
     path.write_text(json.dumps({"architectures": ["Step3p5ForCausalLM"], **_STEP_TEXT, **_SPECIAL_IDS}))
 
 
 def _publish_granite_hybrid(path: Path) -> None:
-    """The published kinds of layers, which the converter knows; without the model's type transformers cannot translate them for it."""
+    """transformers reads the published names of the kinds of layers, but writes others, which the converter does not know."""
     kinds = {"linear_attention": "mamba", "full_attention": "attention"}
     config = json.loads(path.read_text())
-    del config["model_type"]
     config["layer_types"] = [kinds[kind] for kind in config["layer_types"]]
     path.write_text(json.dumps(config))
 
