@@ -73,6 +73,7 @@ RULES: tuple[Rule, ...] = (
 UNSUPPORTED: Mapping[str, str] = {
     # build_moe_ffn divides the chosen ids by the group size before it looks up their gates: group c gets the gate of expert c.
     # So its output depends on how experts are numbered, and no choice of whole groups gives a file that computes the same.
+    # Tried: the groups of a small model in another order, everything renumbered with them, and the logits are others altogether.
     "grovemoe": "llama.cpp runs a second set of experts (ffn_*_chexps) for groups of the first, under the same names, and gives group c the"
     " gate of expert c: removing experts would give the groups other gates",
     "refact": "llama.cpp loads experts for this architecture, but its graph never runs them",
