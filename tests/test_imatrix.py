@@ -105,6 +105,8 @@ def test_paths_of_a_matrix(tmp_path: Path) -> None:
         prune(source, tmp_path / "s.gguf", plan, imatrix=matrix, imatrix_output=matrix, force=True)
     with pytest.raises(UsageError, match="is the input"):
         prune(source, matrix, plan, imatrix=matrix, force=True)
+    with pytest.raises(UsageError, match="needs an imatrix"):
+        prune(source, tmp_path / "s.gguf", plan, imatrix_output=tmp_path / "x.gguf")
     with pytest.raises(UsageError, match="is the output for the model as well"):
         prune(source, tmp_path / "s.gguf", plan, imatrix=matrix, imatrix_output=tmp_path / "s.gguf")
     (tmp_path / "there.gguf").write_text("precious")

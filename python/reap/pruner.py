@@ -110,6 +110,8 @@ def prune(
     """
     started = time.perf_counter()
     _check_options(name, verify)
+    if imatrix_output is not None and imatrix is None:
+        raise UsageError("imatrix_output needs an imatrix")
     max_bytes = None if split_max_size is None else parse_size(split_max_size)
     inputs = [Path(path) for path in (plan, imatrix) if path is not None and not isinstance(path, PrunePlan)]
     the_plan = plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
