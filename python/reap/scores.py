@@ -150,7 +150,7 @@ class Profile:
         return _FORMULAS[metric](self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The document that `save` writes: docs/file-formats.md."""
+        """The document that `save` writes: docs/files.md."""
         document: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         if not self.trusted:
             document["trusted"] = False

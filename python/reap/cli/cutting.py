@@ -49,7 +49,10 @@ def _model_facts(info: ModelInfo) -> list[tuple[str, object]]:
         ]
     facts += [("cannot be pruned", reason) for reason in info.refusals]
     facts.append(("fingerprint", info.fingerprint))
-    return facts + [(key, _shorten(value)) for key, value in (info.provenance or {}).items() if not key.startswith("reap.kept.")]
+    for key, value in (info.provenance or {}).items():
+        is_ids = key.startswith("reap.kept.") and isinstance(value, list) and all(type(item) is int for item in value)
+        facts.append((key, ranges_text(value) if is_ids else _shorten(value)))
+    return facts
 
 
 def _shorten(value: object, width: int = 100) -> str:
