@@ -10,7 +10,8 @@
 The recipe is `Recipe` with its defaults and `PACKAGES`: 1,500 steps of four windows of 512 tokens, the domains taking turns (3.07 M
 tokens of the 7.1 M there are: less than one pass), Muon at 0.015 for the matrices, AdamW at 3e-3 for embeddings, routers and norms,
 30 steps of warm-up and a straight way down to 0 over the last 30 % of the steps, computed in bfloat16 (routers, softmax and losses in
-float32) over float32 weights. Everything is seeded; a second run differs only by the order of floating point sums.
+float32) over float32 weights. Everything is seeded, so a second run (none was made)
+should differ only by the order of floating point sums.
 
 Printed by the run that made the embedded model (3,688,064 parameters; transformers 5.23, torch 2.13; two busy cores of a Xeon with AMX;
 22 minutes at 900 to 5,000 tokens/s, stopped once after step 720 and resumed from its checkpoint):
