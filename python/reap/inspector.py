@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reap.errors import FormatError, UnsupportedModelError
 from reap.gguf.experts import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count, read_layout, read_text
@@ -29,15 +29,15 @@ _SCALES = (".scale", ".input_scale")
 class ModelInfo:
     """What a GGUF file is. Sizes are bytes, layers are GGUF block indices.
 
-    path: the first file. name: general.name. n_layers: blocks, dense and multi-token-prediction ones included;
-    n_prediction_layers: of these, the multi-token-prediction ones, which are last. moe_layers: ascending; empty for a dense
-    model. n_experts: in every MoE layer. n_experts_used: the most any MoE layer routes a token to;
-    n_experts_used_per_layer: aligned with moe_layers. n_groups: of a grouped router, 1 if it has none; n_groups_used: how
-    many of them a token may use. tensor_types: ggml type name -> number of tensors. n_bytes: of the file or all shards.
-    expert_bytes: of all experts' tensors, routers not included; other_bytes: all else. bytes_per_expert: what removing
-    one expert from every MoE layer saves, router rows included. fingerprint: equal for two quantisations of one
-    model. router_fingerprint: of the routers' bytes (of each that is larger than 64 KiB, of 16 blocks of it). provenance: the
-    reap.* keys of a pruned file. refusals: why the model cannot be pruned, empty if it can.
+    path: the first file. name: general.name. n_layers: blocks, dense and multi-token-prediction ones included; n_prediction_layers:
+    of these, the multi-token-prediction ones, which are last. moe_layers: ascending; empty for a dense model. n_experts: in every
+    MoE layer. n_experts_used: the most any MoE layer routes a token to; n_experts_used_per_layer: aligned with moe_layers.
+    n_groups: of a grouped router, 1 if it has none; n_groups_used: how many of them a token may use. n_embd: width of the hidden
+    states, 0 where the header does not say. tensor_types: ggml type name -> number of tensors. n_bytes: of the file or all shards.
+    expert_bytes: of all experts' tensors, routers not included; other_bytes: all else. bytes_per_expert: what removing one expert
+    from every MoE layer saves, router rows included. fingerprint: equal for two quantisations of one model. router_fingerprint: of
+    the routers' bytes (of each that is larger than 64 KiB, of 16 blocks of it). provenance: the reap.* keys of a pruned file.
+    refusals: why the model cannot be pruned, empty if it can.
     """
 
     path: Path
@@ -51,6 +51,7 @@ class ModelInfo:
     n_experts_used_per_layer: tuple[int, ...]
     n_groups: int
     n_groups_used: int
+    n_embd: int
     vocab_size: int
     context_length: int
     file_type: int | None
@@ -87,7 +88,18 @@ def inspect(path: str | os.PathLike[str]) -> ModelInfo:
         return describe(model)
 
 
-def require_moe(info: ModelInfo) -> None:
+class _Described(Protocol):
+    @property
+    def path(self) -> Path: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def is_moe(self) -> bool: ...
+    @property
+    def refusals(self) -> tuple[str, ...]: ...
+
+
+def require_moe(info: _Described) -> None:
     """Raise UnsupportedModelError for a dense model, for one whose experts are in no layout reap knows, or run in no way it knows."""
     if info.refusals and (not info.is_moe or info.architecture in UNSUPPORTED):
         raise UnsupportedModelError(info.refusals[0])
@@ -119,6 +131,7 @@ def describe(model: GGUFModel) -> ModelInfo:
         n_experts_used_per_layer=used,
         n_groups=n_groups,
         n_groups_used=n_groups_used,
+        n_embd=read_count(model, f"{architecture}.embedding_length"),
         vocab_size=_vocab_size(model, architecture),
         context_length=read_count(model, f"{architecture}.context_length"),
         file_type=read_count(model, "general.file_type") if "general.file_type" in model.metadata else None,

@@ -135,11 +135,11 @@ def read_json(path: str | os.PathLike[str], *, what: str, max_bytes: int | None 
     return node
 
 
-def parse_json(raw: bytes | str, where: str) -> Any:
-    """Strict JSON text to Python values; FormatError that begins with `where`."""
+def parse_json(raw: bytes | str, where: str, *, allow_constants: bool = False) -> Any:
+    """Strict JSON text to Python values; FormatError that begins with `where`. allow_constants: NaN and Infinity as Python writes them."""
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse)
+        return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=float if allow_constants else _refuse)
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: is not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:

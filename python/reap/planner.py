@@ -27,7 +27,17 @@ _MAX_BYTES = 8 << 20
 
 Protect = str | tuple[int, int]
 _PROTECT_ENTRY = re.compile(r"([0-9]{1,6})(?::([0-9]{1,7}))?", re.ASCII)
-_MODEL_KEYS = ("name", "architecture", "fingerprint", "router_fingerprint", "n_experts", "n_experts_used", "n_groups", "n_groups_used")
+_MODEL_KEYS = (
+    "name",
+    "architecture",
+    "fingerprint",
+    "router_fingerprint",
+    "n_embd",
+    "n_experts",
+    "n_experts_used",
+    "n_groups",
+    "n_groups_used",
+)
 
 
 @dataclass(frozen=True)

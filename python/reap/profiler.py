@@ -287,6 +287,7 @@ def _model_record(info: ModelInfo) -> dict[str, Any]:
         "fingerprint": info.fingerprint,
         "router_fingerprint": info.router_fingerprint,
         "n_layers": info.n_layers,
+        "n_embd": info.n_embd,
         "n_experts": info.n_experts,
         "n_experts_used": info.n_experts_used,
         "n_groups": info.n_groups,

@@ -336,6 +336,8 @@ def check_model(model: Node) -> None:
     for key in ("n_experts", "n_experts_used", "n_groups", "n_groups_used"):
         if key in model:
             model[key].integer(1, EXPERT_LIMIT)
+    if "n_embd" in model:
+        model["n_embd"].integer()
     if "n_groups" in model and "n_experts" in model:
         n_experts, n_groups = model["n_experts"].integer(), model["n_groups"].integer()
         if n_experts % n_groups:

@@ -1,6 +1,6 @@
 """The Hugging Face half of reap: what works on checkpoints instead of GGUF files. Needs the extra `hf` (torch, transformers).
 
-Importing this package imports neither; each function says what is missing when it is called.
+Importing this package imports neither; each function says what is missing when it is called. Pruning a checkpoint on disk needs neither.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap.hf.converter import convert_checkpoint as convert_checkpoint
+    from reap.hf.disk_pruner import prune as prune
 
-_MODULE_OF = {"convert_checkpoint": "converter"}
+_MODULE_OF = {"convert_checkpoint": "converter", "prune": "disk_pruner"}
 
 __all__ = sorted(_MODULE_OF)
 
