@@ -131,9 +131,7 @@ def build(name: str) -> PreTrainedModel:
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if re.search(r"(e_score_correction_bias|expert_bias)$", key):
                 tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
-            elif _is_router(key, tensor):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) / 4)
-            elif ".experts." in key or "linear.weight" in key:
+            elif _is_router(key, tensor) or ".experts." in key or "linear.weight" in key:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) / 4)
     return model.eval()
 
@@ -167,7 +165,10 @@ def add_tensors(directory: Path, tensors: Mapping[str, torch.Tensor], **config: 
 
 
 def _is_router(name: str, tensor: torch.Tensor) -> bool:
-    return tensor.dim() == 2 and re.search(r"\.(mlp|mixer|block_sparse_moe|feed_forward)\.(gate|router|router\.layer)\.weight$", name) is not None
+    return (
+        tensor.dim() == 2
+        and re.search(r"\.(mlp|mixer|block_sparse_moe|feed_forward)\.(gate|router|router\.layer)\.weight$", name) is not None
+    )
 
 
 @contextmanager

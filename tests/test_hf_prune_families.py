@@ -144,8 +144,9 @@ def test_pruned_checkpoint_is_the_masked_model(case: Case, tmp_path: Path) -> No
 
 def test_pruned_shards_are_the_masked_model(cases: Callable[[str], Case], tmp_path: Path) -> None:
     """Many files with an index; the safetensors package reads each of them."""
-    import checkpoint_models
     from safetensors.torch import load_file
+
+    import checkpoint_models
 
     case = cases("nemotronh")
     source = checkpoint_models.save(case.model, tmp_path / "hf", max_shard_size="60KB")
@@ -201,8 +202,9 @@ def test_everything_removed_again_is_the_source(cases: Callable[[str], Case], tm
 
 def test_prediction_layers_of_deepseek_lose_as_many(cases: Callable[[str], Case], tmp_path: Path) -> None:
     """Layer 3 of 3 predicts further tokens; transformers passes over it."""
-    import checkpoint_models
     from safetensors.torch import load_file
+
+    import checkpoint_models
 
     case = cases("deepseek_v3")
     source = checkpoint_models.save(case.model, tmp_path / "hf")
@@ -228,8 +230,9 @@ def test_prediction_layers_of_deepseek_lose_as_many(cases: Callable[[str], Case]
 @pytest.mark.parametrize("family", ["qwen3_next", "nemotronh"])
 def test_prediction_blocks_with_a_name_of_their_own(cases: Callable[[str], Case], tmp_path: Path, family: str) -> None:
     """`mtp.layers.N` gets the number behind the ordinary layers, as the converter gives it."""
-    import checkpoint_models
     from safetensors.torch import load_file
+
+    import checkpoint_models
 
     case = cases(family)
     source = checkpoint_models.save(case.model, tmp_path / "hf")

@@ -141,7 +141,7 @@ def prune(
     """Write a model without the experts that a plan removes."""
     if imatrix_out is not None and imatrix is None:
         raise UsageError("--imatrix-out needs --imatrix")
-    chosen = _the_plan(plan, profile, keep, metric)
+    chosen = choose_plan(plan, profile, keep, metric)
     with progress_bar("writing") as progress:
         report = reap.prune(
             model,
@@ -158,10 +158,11 @@ def prune(
         )
     if json:
         return print_json(report.to_dict())
-    print_facts(_report_facts(report))
+    print_facts(report_facts(report))
 
 
-def _the_plan(plan: Path | None, profile: Path | None, keep: str | None, metric: str | None) -> PrunePlan | Path:
+def choose_plan(plan: Path | None, profile: Path | None, keep: str | None, metric: str | None) -> PrunePlan | Path:
+    """What `--plan`, or `--profile` and `--keep`, ask for."""
     if plan is not None and not (profile or keep or metric):
         return plan
     if plan is None and profile is not None and keep is not None:
@@ -169,10 +170,12 @@ def _the_plan(plan: Path | None, profile: Path | None, keep: str | None, metric:
     raise UsageError("give either --plan, or --profile and --keep (and --metric)")
 
 
-def _report_facts(report: PruneReport) -> list[tuple[str, object]]:
+def report_facts(report: PruneReport) -> list[tuple[str, object]]:
+    """What was written, in lines; of many files the sum."""
+    wrote = "would write" if report.dry_run else "wrote"
     share = report.n_bytes_after / max(report.n_bytes_before, 1)
     return [
-        *(("would write" if report.dry_run else "wrote", f"{path} ({n_bytes:,} bytes)") for path, n_bytes in report.files.items()),
+        *((wrote, text) for text in _files_text(report)),
         (
             "size",
             f"{bytes_text(report.n_bytes_after)} ({report.n_bytes_after:,} bytes), {share:.1%} of {bytes_text(report.n_bytes_before)}"
@@ -183,6 +186,12 @@ def _report_facts(report: PruneReport) -> list[tuple[str, object]]:
         ("time", f"{report.seconds:.1f} s"),
         *(("note", warning) for warning in report.warnings),
     ]
+
+
+def _files_text(report: PruneReport) -> list[str]:
+    if report.output in report.files:
+        return [f"{path} ({n_bytes:,} bytes)" for path, n_bytes in report.files.items()]
+    return [f"{report.output} ({sum(report.files.values()):,} bytes in {len(report.files)} files)"]  # a folder
 
 
 def _layer_facts(report: PruneReport) -> list[tuple[str, object]]:

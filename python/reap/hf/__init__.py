@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reap.hf.bridge import compare_with_gguf as compare_with_gguf
     from reap.hf.converter import convert_checkpoint as convert_checkpoint
     from reap.hf.disk_pruner import prune as prune
 
-_MODULE_OF = {"convert_checkpoint": "converter", "prune": "disk_pruner"}
+_MODULE_OF = {"compare_with_gguf": "bridge", "convert_checkpoint": "converter", "prune": "disk_pruner"}
 
 __all__ = sorted(_MODULE_OF)
 
