@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from reap.cli import cutting, demonstration, measuring
+from reap.cli import checkpoints, cutting, demonstration, measuring
 from reap.errors import Interrupted
 from reap.version import version
 
@@ -57,3 +57,4 @@ for _command, _example in (
     (demonstration.demo, "reap demo --out reap-demo"),
 ):
     app.command(_command.__name__.replace("_", "-"), epilog=f"Example: {_example}")(_command)
+app.add_typer(checkpoints.group)
