@@ -21,7 +21,7 @@ from reap.errors import Interrupted, UsageError
 from reap.progress import Progress
 from reap.scores import Profile
 
-COMMANDS = ("inspect", "profile", "merge", "compare", "plan", "prune", "evaluate", "devices", "rpc-server", "demo")
+COMMANDS = ("inspect", "profile", "merge", "compare", "plan", "prune", "evaluate", "devices", "rpc-server", "demo", "hf profile")
 
 
 class Recorder:
@@ -61,7 +61,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_ends_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--help", "-h"):
-        assert main([command, flag]) == 0
+        assert main([*command.split(), flag]) == 0
         last = capsys.readouterr().out.strip().splitlines()[-2:]
         assert f"Example: reap {command}" in " ".join(last)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from reap import _native
-from reap.calibration import Calibration, Window
+from reap.calibration import Calibration, Tokenizer, Window
 from reap.checkpoint import Arrays, Checkpoint, State, identify_calibration
 from reap.engine import EngineOptions, SessionTokenizer, open_session
 from reap.errors import CalibrationError, EngineError, Interrupted, UnsupportedModelError, UsageError
@@ -18,9 +18,6 @@ from reap.inspector import ModelInfo, inspect, require_moe
 from reap.progress import Progress, ProgressCallback
 from reap.scores import Profile
 from reap.version import version
-
-if TYPE_CHECKING:
-    from reap import _core
 
 NOT_COUNTED = -1
 # short samples that may share one batch, as separate sequences
@@ -109,7 +106,7 @@ def profile(
         session.start_profile(list(info.moe_layers), info.n_experts)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{info.path}: {info.architecture} cannot be profiled: {error}") from error
-    run = _Run(session, source, keeper, progress)
+    run = Run(session, SessionTokenizer(session), source, keeper, progress)
     try:
         run.go(state or State())
     except KeyboardInterrupt as interrupt:
@@ -124,11 +121,22 @@ def profile(
     return _to_profile(info, options, source, run)
 
 
-class _Run:
-    """Feeds windows to a session. What belongs together (a unit: a sample, or one window of a text file) is counted whole or not."""
+class Run:
+    """Feeds windows to a session. What belongs together (a unit: a sample, or one window of a text file) is counted whole or not.
 
-    def __init__(self, session: _core.Session, source: Calibration, keeper: Checkpoint | None, progress: ProgressCallback | None) -> None:
+    session  `reap._core.Session`, or an object with the part of it that is used here
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        tokenizer: Tokenizer,
+        source: Calibration,
+        keeper: Checkpoint | None,
+        progress: ProgressCallback | None,
+    ) -> None:
         self.session = session
+        self._tokenizer = tokenizer
         self.domains: list[str | None] = []
         self.failed: dict[int, str] = {}
         self._source = source
@@ -146,7 +154,7 @@ class _Run:
         self.domains = list(state.domains)
         self.failed = dict(state.failed)
         done = state.units
-        for unit, windows in groupby(self._source.windows(SessionTokenizer(self.session)), key=lambda window: window.unit):
+        for unit, windows in groupby(self._source.windows(self._tokenizer), key=lambda window: window.unit):
             if unit < done:
                 self._tokens_done += sum(len(window.tokens) for window in windows)
             else:
@@ -174,7 +182,7 @@ class _Run:
 
     def _fits(self, windows: Sequence[Window]) -> bool:
         n_tokens = sum(len(window.tokens) for window in windows)
-        return n_tokens <= self.session.batch_size and len(windows) <= self.session.n_sequences
+        return bool(n_tokens <= self.session.batch_size and len(windows) <= self.session.n_sequences)
 
     def _run_long(self, unit: int, windows: Iterator[Window]) -> None:
         """A unit that fills more than one batch."""
@@ -252,7 +260,7 @@ def _identity(info: ModelInfo, options: EngineOptions, source: Calibration) -> d
     }
 
 
-def _to_profile(info: ModelInfo, options: EngineOptions, source: Calibration, run: _Run) -> Profile:
+def _to_profile(info: ModelInfo, options: EngineOptions, source: Calibration, run: Run) -> Profile:
     summary = source.summary()
     groups = {domain: run.session.sums(group) for group, domain in enumerate(run.domains)}
     if not any(int(sums["total_tokens"].sum()) for sums in groups.values()):
@@ -263,7 +271,7 @@ def _to_profile(info: ModelInfo, options: EngineOptions, source: Calibration, ru
     failed = [run.failed[unit] for unit in sorted(run.failed)]
     return Profile.from_sums(
         layers=np.asarray(info.moe_layers, dtype=np.int64),
-        **_total(list(groups.values())),
+        **total(list(groups.values())),
         model=_model_record(info),
         calibration={**summary, "failed": len(failed), "failed_samples": failed},
         engine={"reap": version(), "llama_cpp": _native.load().__llama_cpp_commit__, "options": options.record()},
@@ -271,7 +279,7 @@ def _to_profile(info: ModelInfo, options: EngineOptions, source: Calibration, ru
     )
 
 
-def _total(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def total(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The sums over all groups; of the largest norm the largest."""
     total = dict(groups[0])
     for sums in groups[1:]:

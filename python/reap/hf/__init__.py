@@ -1,6 +1,10 @@
 """The Hugging Face half of reap: what works on checkpoints instead of GGUF files. Needs the extra `hf` (torch, transformers).
 
-Importing this package imports neither; each function says what is missing when it is called. Pruning a checkpoint on disk needs neither.
+    profile = reap.hf.profile("Nemotron-3-Nano", "calibration.jsonl", device="cuda", load_in_4bit=True)
+    plan = reap.plan(profile, keep=0.5)
+    reap.hf.prune_model(model, plan)
+
+Importing this package imports neither; each name says what is missing when it is used. Pruning a checkpoint on disk needs neither.
 """
 
 from __future__ import annotations
@@ -12,8 +16,22 @@ if TYPE_CHECKING:
     from reap.hf.bridge import compare_with_gguf as compare_with_gguf
     from reap.hf.converter import convert_checkpoint as convert_checkpoint
     from reap.hf.disk_pruner import prune as prune
+    from reap.hf.profiling import profile as profile
+    from reap.hf.structure import MoELayer as MoELayer
+    from reap.hf.structure import find_moe_layers as find_moe_layers
+    from reap.hf.tracker import SaliencyTracker as SaliencyTracker
 
-_MODULE_OF = {"compare_with_gguf": "bridge", "convert_checkpoint": "converter", "prune": "disk_pruner"}
+_MODULE_OF = {
+    "MoELayer": "structure",
+    "SaliencyTracker": "tracker",
+    "compare_with_gguf": "bridge",
+    "convert_checkpoint": "converter",
+    "find_moe_layers": "structure",
+    "profile": "profiling",
+    "prune": "disk_pruner",
+}
+# modules that import torch as they are imported
+_NEED_TORCH = {"structure", "tracker"}
 
 __all__ = sorted(_MODULE_OF)
 
@@ -21,7 +39,12 @@ __all__ = sorted(_MODULE_OF)
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'reap.hf' has no attribute {name!r}")
-    value = getattr(import_module(f"reap.hf.{_MODULE_OF[name]}"), name)
+    module = _MODULE_OF[name]
+    if module in _NEED_TORCH:
+        from reap.hf.extra import require_extra
+
+        require_extra(f"reap.hf.{name}", "torch")
+    value = getattr(import_module(f"reap.hf.{module}"), name)
     globals()[name] = value
     return value
 
