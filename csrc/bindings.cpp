@@ -149,6 +149,25 @@ py::list devices() {
     return result;
 }
 
+py::list backends() {
+    reap::start_engine();
+    py::list result;
+    for (const reap::BackendInfo & info : reap::list_backends()) {
+        py::dict backend;
+        backend["name"] = info.name;
+        backend["library"] = info.library;
+        backend["n_devices"] = info.n_devices;
+        result.append(backend);
+    }
+    return result;
+}
+
+void load_backends(const std::string & folder) {
+    reap::start_engine();
+    const py::gil_scoped_release released;
+    reap::load_backends(folder);
+}
+
 void serve_rpc(const std::string & endpoint, int threads) {
     reap::start_engine();
     const py::gil_scoped_release released;
@@ -204,6 +223,8 @@ PYBIND11_MODULE(_core, m) {
         .def_readwrite("stop_early", &SessionOptions::stop_early);
 
     m.def("devices", &devices);
+    m.def("backends", &backends);
+    m.def("load_backends", &load_backends, py::arg("folder"));
     m.def("serve_rpc", &serve_rpc, py::arg("endpoint"), py::arg("threads"));
 
     py::class_<Session>(m, "Session")

@@ -3,7 +3,10 @@
 #include "errors.h"
 #include "log_sink.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <mutex>
 #include <set>
 
 namespace reap {
@@ -50,6 +53,29 @@ std::vector<DeviceInfo> list_devices() {
                            type ? ggml_backend_buft_name(type) : "", free_bytes, total_bytes});
     }
     return devices;
+}
+
+std::vector<BackendInfo> list_backends() {
+    std::vector<BackendInfo> backends;
+    for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
+        const ggml_backend_reg_t backend = ggml_backend_reg_get(i);
+        Dl_info library{};  // a registry entry is a static object of its backend's library
+        const bool found = dladdr(backend, &library) != 0 && library.dli_fname != nullptr;
+        backends.push_back({ggml_backend_reg_name(backend), found ? library.dli_fname : "", ggml_backend_reg_dev_count(backend)});
+    }
+    return backends;
+}
+
+void load_backends(const std::string & folder) {
+#ifdef GGML_BACKEND_DL
+    static std::once_flag once;
+    std::call_once(once, [&folder] { ggml_backend_load_all_from_path(folder.c_str()); });
+    if (ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU) == nullptr) {
+        throw EngineError(folder + ": none of the CPU backends there (libggml-cpu-*) runs on this processor; install reap again");
+    }
+#else
+    static_cast<void>(folder);
+#endif
 }
 
 void add_rpc_servers(const std::vector<std::string> & endpoints) {

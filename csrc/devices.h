@@ -20,6 +20,18 @@ struct DeviceInfo {
 
 std::vector<DeviceInfo> list_devices();
 
+struct BackendInfo {
+    std::string name;     // "CPU", "CUDA", "RPC", ...
+    std::string library;  // the file that it was loaded from
+    size_t      n_devices;
+};
+
+std::vector<BackendInfo> list_backends();
+
+// Loads the backends that are modules of their own (GGML_BACKEND_DL) from a folder: of the CPU's variants the best that runs here, of
+// the others what can be loaded. Does nothing where backends are linked.
+void load_backends(const std::string & folder);
+
 // Adds the devices of RPC servers ("host:port") to those of this process, once each.
 void add_rpc_servers(const std::vector<std::string> & endpoints);
 

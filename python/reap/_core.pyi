@@ -10,6 +10,13 @@ __llama_cpp_commit__: str
 def devices() -> list[dict[str, Any]]:
     """name, description, kind ("cpu", "gpu", "igpu", "accel"), buffer_type: str; free_bytes, total_bytes: int."""
 
+def backends() -> list[dict[str, Any]]:
+    """name ("CPU", "CUDA", "RPC", ...), library (the file it was loaded from): str; n_devices: int."""
+
+def load_backends(folder: str) -> None:
+    """Load the backends that are modules of their own from a folder; nothing where they are linked. Raises
+    `reap.errors.EngineError` where none of the CPU backends runs on this processor."""
+
 def serve_rpc(endpoint: str, threads: int) -> None:
     """Serve this machine's devices over llama.cpp's RPC protocol; returns only where that fails at once."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from reap.errors import NativeModuleMissing
@@ -18,25 +20,55 @@ if TYPE_CHECKING:
         Session: type[_core.Session]
 
         def devices(self) -> list[dict[str, Any]]: ...
+        def backends(self) -> list[dict[str, Any]]: ...
+        def load_backends(self, folder: str) -> None: ...
         def serve_rpc(self, endpoint: str, threads: int) -> None: ...
 
+        __file__: str
         __llama_cpp_commit__: str
 
 
+WHAT_WORKS = "inspect, plan, prune, merge and compare work without it"
+REINSTALL = "`pip install --force-reinstall --no-deps reap-moe`, or `pip install --force-reinstall .` in a clone of reap"
+
+
 def load() -> Core:
-    """The native module.
+    """The native module, with the engine's backends loaded from the folder that it is in.
 
     Raises:
         NativeModuleMissing: it was not built, or it cannot be loaded here; the message says what to do.
+        EngineError: none of the backends for processors runs on this one.
     """
-    if importlib.util.find_spec("reap._core") is None:
-        raise NativeModuleMissing(
-            "this step runs the model and needs reap's native module, which was not built for this Python; "
-            "run `pip install .` in a clone of reap (inspect, plan, prune, merge and compare work without it)"
-        )
+    spec = importlib.util.find_spec("reap._core")
+    if spec is None:
+        raise NativeModuleMissing(f"this step runs the model and needs reap's native module, {_absence()}")
     try:
-        return cast("Core", importlib.import_module("reap._core"))
+        core = cast("Core", importlib.import_module("reap._core"))
     except ImportError as error:
         raise NativeModuleMissing(
-            f"reap's native module is there but cannot be loaded ({error}); reinstall it with `pip install --force-reinstall .`"
+            f"{spec.origin}: reap's native module is there but cannot be loaded ({error}); {_remedy(str(error))}"
         ) from error
+    core.load_backends(str(backend_folder(core)))
+    return core
+
+
+def backend_folder(core: Core) -> Path:
+    """Where the engine's libraries are: beside the native module."""
+    return Path(core.__file__).resolve().parent
+
+
+def _absence() -> str:
+    others = sorted(path.name for path in Path(__file__).parent.glob("_core.*.so"))
+    if others:
+        wanted = sysconfig.get_config_var("EXT_SUFFIX")
+        return f"which is there for another Python ({others[0]}; this one wants _core{wanted}): run {REINSTALL} with this Python"
+    return f"which was not built for this Python; run `pip install .` in a clone of reap ({WHAT_WORKS})"
+
+
+def _remedy(reason: str) -> str:
+    if "GLIBC" in reason or "CXXABI" in reason:
+        return (
+            "it was built for a newer system than this one, so build it here: "
+            f"`pip install --force-reinstall --no-binary reap-moe reap-moe` ({WHAT_WORKS})"
+        )
+    return f"install it again: {REINSTALL} ({WHAT_WORKS})"

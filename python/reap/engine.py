@@ -5,10 +5,12 @@ What can be checked is checked here, before llama.cpp sees it: it aborts the pro
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,6 +93,51 @@ def devices() -> list[Device]:
         )
         for found in _native.load().devices()
     ]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A part of the engine that drives one kind of device: its name ("CPU", "CUDA", "RPC", ...), its library's file name, how many
+    devices it found, and why it cannot be used here (None: it can)."""
+
+    name: str
+    library: str
+    n_devices: int
+    problem: str | None = None
+
+
+def backends() -> list[Backend]:
+    """The backends that are installed, those among them that cannot be used here with the reason."""
+    core = _native.load()
+    loaded = [Backend(found["name"], Path(found["library"]).name, found["n_devices"]) for found in core.backends()]
+    idle = [
+        replace(backend, problem="no device was found") if not backend.n_devices and backend.name != "RPC" else backend
+        for backend in loaded
+    ]
+    names = {backend.library for backend in loaded}
+    folder = _native.backend_folder(core)
+    absent = [path for path in sorted(folder.glob("libggml-*.so")) if path.name not in names and is_backend(path.name)]
+    return [*idle, *(Backend(path.stem.removeprefix("libggml-").upper(), path.name, 0, load_problem(path)) for path in absent)]
+
+
+def is_backend(library: str) -> bool:
+    """Whether a library is a backend of its own: neither ggml's common part nor a variant of the CPU's, of which one is enough."""
+    return not library.startswith(("libggml-base", "libggml-cpu"))
+
+
+def load_problem(library: Path) -> str:
+    """Why a backend's library cannot be loaded, in words for the person who installed it."""
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        reason = str(error).replace(f"{library}: ", "")
+    else:
+        return "it refuses this machine"
+    if "libcuda.so" in reason:
+        return "there is no NVIDIA driver (libcuda.so.1 was not found)"
+    if "libcublas" in reason or "libcudart" in reason:
+        return f"NVIDIA's libraries are missing ({reason}); `pip install 'reap-moe[cuda]'` brings them"
+    return reason
 
 
 def serve_rpc(host: str, port: int, threads: int | None = None) -> None:

@@ -126,15 +126,21 @@ def evaluate(
 
 def devices(json: Json = False) -> None:
     """List the devices that can run a model."""
+    from reap.engine import backends
     from reap.engine import devices as list_devices
 
     found = list_devices()
+    unused = [f"{backend.name} is installed and not used: {backend.problem}" for backend in backends() if backend.problem]
     if json:
+        for line in unused:
+            typer.echo(line, err=True)
         return print_json([device.to_dict() for device in found])
     rows = [
         (device.name, device.kind, device.description, bytes_text(device.memory_free), bytes_text(device.memory_total)) for device in found
     ]
     print_table(["device", "kind", "what it is", "free", "memory"], rows)
+    for line in unused:
+        say(line)
 
 
 def rpc_server(
