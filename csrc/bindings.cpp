@@ -128,6 +128,44 @@ py::array_t<double> log_probs(Session & session, const Ids & tokens, size_t firs
     return to_numpy(values, {static_cast<py::ssize_t>(values.size())});
 }
 
+py::dict predictions(const reap::Predictions & found) {
+    const auto n = static_cast<py::ssize_t>(found.next.size());
+    const py::ssize_t k = n == 0 ? 0 : static_cast<py::ssize_t>(found.log_probs.size()) / n;
+    py::dict result;
+    result["next"] = to_numpy(found.next, {n});
+    result["best"] = to_numpy(found.best, {n});
+    result["log_probs"] = to_numpy(found.log_probs, {n, k});
+    result["rest"] = to_numpy(found.rest, {n});
+    if (!found.ids.empty()) {
+        result["ids"] = to_numpy(found.ids, {n, k});
+    }
+    return result;
+}
+
+py::dict predict_top(Session & session, const Ids & tokens, size_t first, size_t n_top) {
+    const std::vector<int32_t> window = to_vector(tokens);
+    return predictions(run(session, [&] { return session.predict_top(window, first, n_top); }));
+}
+
+py::dict predict_ids(Session & session, const Ids & tokens, size_t first, const Ids & ids) {
+    if (ids.ndim() != 2) {
+        throw reap::UsageError("ids has " + std::to_string(ids.ndim()) + " axes, expected 2");
+    }
+    const std::vector<int32_t> window = to_vector(tokens), wanted = to_vector(ids);
+    const auto n_ids = static_cast<size_t>(ids.shape(1));
+    return predictions(run(session, [&] { return session.predict_ids(window, first, wanted, n_ids); }));
+}
+
+py::array_t<int32_t> generate(Session & session, const Ids & tokens, size_t n_new) {
+    const std::vector<int32_t> prompt = to_vector(tokens);
+    const std::vector<int32_t> found = run(session, [&] { return session.generate(prompt, n_new); });
+    return to_numpy(found, {static_cast<py::ssize_t>(found.size())});
+}
+
+void set_kept(Session & session, const std::optional<reap::RouterMask::Kept> & kept) {
+    run(session, [&] { session.set_kept(kept); });
+}
+
 py::array_t<int32_t> tokenize(const Session & session, const py::bytes & text, bool add_special, bool parse_special) {
     const std::vector<int32_t> ids = session.tokenize(text, add_special, parse_special);
     return to_numpy(ids, {static_cast<py::ssize_t>(ids.size())});
@@ -260,5 +298,10 @@ PYBIND11_MODULE(_core, m) {
         .def("sums", &sums, py::arg("group"))
         .def("collector_stats", &collector_stats)
         .def("logits", &logits, py::arg("tokens"), py::arg("first"))
-        .def("log_probs", &log_probs, py::arg("tokens"), py::arg("first"));
+        .def("log_probs", &log_probs, py::arg("tokens"), py::arg("first"))
+        .def("predict_top", &predict_top, py::arg("tokens"), py::arg("first"), py::arg("n_top"))
+        .def("predict_ids", &predict_ids, py::arg("tokens"), py::arg("first"), py::arg("ids"))
+        .def("generate", &generate, py::arg("tokens"), py::arg("n_new"))
+        .def("ends_generation", &Session::ends_generation, py::arg("token"))
+        .def("set_kept", &set_kept, py::arg("kept").none(true));
 }

@@ -48,17 +48,34 @@ std::string in_layer(int layer) {
 
 bool Collector::callback(ggml_tensor * node, bool ask, void * self) {
     auto & collector = *static_cast<Collector *>(self);
-    if (collector.mode_ == Mode::Idle && !collector.abandoned_) {
-        return !ask;
-    }
     try {
-        return ask ? collector.on_ask(node) : collector.on_stop(node);
+        if (ask) {
+            const bool to_mask = collector.mask_ != nullptr && collector.mask_->on_ask(node);
+            return (!collector.is_idle() && collector.on_ask(node)) || to_mask;
+        }
+        return collector.mask(node) || collector.is_idle() || collector.on_stop(node);
     } catch (...) {
         // nothing may escape into C: kept here, thrown again after the decode
         collector.error_ = std::current_exception();
         collector.abandoned_ = true;
         return ask;
     }
+}
+
+void Collector::poll() const {
+    if (poll_ && poll_()) {
+        throw Interrupted();
+    }
+}
+
+// True where the node was the mask's to write over, and so nobody else's.
+bool Collector::mask(ggml_tensor * node) {
+    if (mask_ == nullptr || abandoned_ || (stopped_ && mode_ == Mode::Collect) || !mask_->wants(node)) {
+        return false;
+    }
+    poll();
+    mask_->apply(node);
+    return true;
 }
 
 bool Collector::on_ask(ggml_tensor * node) {
@@ -116,9 +133,7 @@ bool Collector::on_stop(ggml_tensor * node) {
         return false;
     }
     const auto start = std::chrono::steady_clock::now();
-    if (poll_ && poll_()) {
-        throw Interrupted();
-    }
+    poll();
     if (!hidden_node_.empty() && node->name == hidden_node_) {
         reader_.read_f32(node, floats_);
         hidden_.insert(hidden_.end(), floats_.begin(), floats_.end());

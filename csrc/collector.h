@@ -8,6 +8,7 @@
 
 #include "ggml.h"
 #include "moe_graph.h"
+#include "router_mask.h"
 #include "saliency.h"
 #include "tensor_read.h"
 
@@ -34,7 +35,10 @@ class Collector {
 
     // Asked at each stop; true ends the batch with Interrupted.
     void set_poll(std::function<bool()> poll) { poll_ = std::move(poll); }
+    void poll() const;
     void set_threads(int n_threads) { reader_.set_threads(n_threads); }
+    // What is written over while it is in force, whether anything is collected or not. Not owned.
+    void set_mask(RouterMask * mask) { mask_ = mask; }
     void set_reduce_on_device(bool reduce) { reader_.set_reduce_on_device(reduce); }
     // false: let the rest of the graph run after the last MoE layer, for comparison
     void set_stop_early(bool stop) { stop_early_ = stop; }
@@ -94,6 +98,8 @@ class Collector {
         size_t               tokens_seen = 0;
     };
 
+    bool is_idle() const { return mode_ == Mode::Idle && !abandoned_; }
+    bool mask(ggml_tensor * node);
     bool on_ask(ggml_tensor * node);
     void begin_graph();
     bool on_stop(ggml_tensor * node);
@@ -116,6 +122,7 @@ class Collector {
     bool                      abandoned_ = false;  // so has the whole batch: an error or an interruption
     std::exception_ptr        error_;
     std::function<bool()>     poll_;
+    RouterMask *              mask_ = nullptr;
     TensorReader              reader_;
     const int32_t *           groups_ = nullptr;
     size_t                    n_tokens_ = 0;

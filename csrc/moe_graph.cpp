@@ -8,7 +8,7 @@ namespace reap {
 
 namespace {
 
-constexpr std::array<std::pair<std::string_view, Role>, 9> ROLES = {{
+constexpr std::array<std::pair<std::string_view, Role>, 13> ROLES = {{
     {"ffn_moe_topk", Role::Ids},
     {"ffn_moe_weights", Role::Weights},
     {"ffn_moe_weights_softmax", Role::Weights},
@@ -18,6 +18,10 @@ constexpr std::array<std::pair<std::string_view, Role>, 9> ROLES = {{
     {"ffn_moe_down_scaled", Role::Output},
     {"ffn_moe_down_biased", Role::Output},
     {"ffn_moe_weighted", Role::Gated},
+    {"ffn_moe_logits", Role::Scores},
+    {"ffn_moe_logits_biased", Role::Scores},
+    {"ffn_moe_probs", Role::Scores},
+    {"ffn_moe_probs_biased", Role::Selection},
 }};
 
 }  // namespace

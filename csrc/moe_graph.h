@@ -12,6 +12,8 @@ enum class Role {
     Weights,  // a form of the gate; the last one multiplies the expert's output
     Output,   // a form of the expert's output, [n_embd, n_used, n_tokens]; the last one is what the gate multiplies
     Gated,    // the product with the gate: of the output, or (Llama-4) of the experts' input
+    Scores,     // a form of the router's values, [n_experts, n_tokens]; all that routes comes from the first one
+    Selection,  // those values with a bias that selects and does not weigh, [n_experts, n_tokens]
 };
 
 // The hidden states that a multi-token-prediction block is fed with, [n_embd, n_tokens], in the graph of the layers before it. Where they

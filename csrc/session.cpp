@@ -78,14 +78,35 @@ ggml_backend_buffer_type_t find_buffer_type(const std::string & name) {
     throw UsageError("there is no buffer type '" + name + "' to put tensors in; there is " + known);
 }
 
-// Σ exp and the maximum, so that ln p(t) = logits[t] - max - ln Σ; summed in double precision.
-double log_prob(const float * logits, int n_vocab, int token) {
-    const float max = *std::max_element(logits, logits + n_vocab);
-    double sum = 0.0;
-    for (int i = 0; i < n_vocab; ++i) {
-        sum += std::exp(logits[i] - max);
+// ln Σ exp of a row of logits, so that ln p(t) = logits[t] - ln Σ exp; summed in double precision.
+struct Normaliser {
+    Normaliser(const float * logits, int n_vocab) {
+        const float * max = std::max_element(logits, logits + n_vocab);
+        double sum = 0.0;
+        for (int i = 0; i < n_vocab; ++i) {
+            sum += std::exp(logits[i] - *max);
+        }
+        best = static_cast<int32_t>(max - logits);
+        log_sum = static_cast<double>(*max) + std::log(sum);
     }
-    return static_cast<double>(logits[token]) - max - std::log(sum);
+
+    int32_t best;
+    double  log_sum;
+};
+
+// Adds to `result` what is said about one position: of the tokens `ids` among all of `n_vocab`.
+void add_prediction(Predictions & result, const float * logits, int n_vocab, int32_t next, const int32_t * ids, size_t n_ids) {
+    const Normaliser row(logits, n_vocab);
+    result.next.push_back(logits[next] - row.log_sum);
+    result.best.push_back(row.best);
+    const bool all = n_ids == static_cast<size_t>(n_vocab);
+    double covered = 0.0;
+    for (size_t i = 0; i < n_ids; ++i) {
+        const double log_prob = logits[ids[i]] - row.log_sum;
+        result.log_probs.push_back(static_cast<float>(log_prob));
+        covered += all ? 0.0 : std::exp(log_prob);
+    }
+    result.rest.push_back(all ? 0.0 : std::max(0.0, 1.0 - covered));
 }
 
 }  // namespace
@@ -121,6 +142,7 @@ Session::Session(const SessionOptions & options) : options_(options) {
         prediction_.set_threads(options_.threads);
         collector_.set_keep_hidden(true);
     }
+    collector_.set_mask(&mask_);
     collector_.set_threads(options_.threads);
     collector_.set_reduce_on_device(options_.reduce_on_device);
     collector_.set_stop_early(options_.stop_early);
@@ -281,6 +303,7 @@ void Session::decode(llama_context * context, Collector & collector, const Token
     const llama_batch native{static_cast<int32_t>(batch.n_tokens), tokens.data(),      hidden, positions.data(),
                              n_sequences.data(),                   sequence_of.data(), outputs.data()};
     clear_log();
+    mask_.begin_batch();
     const int32_t status = llama_decode(context, native);
     llama_synchronize(context);
     collector.rethrow();
@@ -289,23 +312,55 @@ void Session::decode(llama_context * context, Collector & collector, const Token
         throw EngineError(with_log("the engine could not run a batch of " + std::to_string(batch.n_tokens) + " tokens: " + reason +
                                    " (status " + std::to_string(status) + ")"));
     }
+    if (context == context_.get()) {
+        mask_.check_batch(batch.n_tokens, static_cast<size_t>(std::count(wanted, wanted + batch.n_tokens, int8_t{1})));
+    }
 }
 
 void Session::start_profile(const std::vector<int> & layers, size_t n_experts) {
+    survey([&](const TokenBatch & batch, const int8_t * wanted) {
+        collector_.begin_survey();
+        decode(context_.get(), collector_, batch, wanted);
+        const std::vector<int> trunk(layers.begin(), layers.end() - (has_prediction() ? 1 : 0));
+        collector_.end_survey(trunk, n_experts);
+        if (has_prediction()) {
+            survey_prediction(batch, wanted, n_experts);
+        }
+    });
+}
+
+void Session::survey(const std::function<void(const TokenBatch & batch, const int8_t * wanted)> & run) {
     // two tokens: a pass over one may take another path through the graph
     const int32_t tokens[] = {0, std::min(1, n_vocab() - 1)};
     const int32_t positions[] = {0, 1};
     const int32_t sequences[] = {0, 0};
     const int8_t wanted[] = {1, 1};
     forget();
-    collector_.begin_survey();
-    decode(context_.get(), collector_, {tokens, positions, sequences, 2}, wanted);
-    const std::vector<int> trunk(layers.begin(), layers.end() - (has_prediction() ? 1 : 0));
-    collector_.end_survey(trunk, n_experts);
-    if (has_prediction()) {
-        survey_prediction({tokens, positions, sequences, 2}, wanted, n_experts);
-    }
+    run({tokens, positions, sequences, 2}, wanted);
     forget();
+}
+
+void Session::set_kept(const std::optional<RouterMask::Kept> & kept) {
+    if (!kept) {
+        mask_.lift();
+        return;
+    }
+    if (has_prediction()) {
+        throw UsageError("experts of a prediction block cannot be removed while it runs; open the model without it");
+    }
+    if (!mask_.is_learnt()) {
+        survey([&](const TokenBatch & batch, const int8_t * wanted) {
+            mask_.begin_survey();
+            try {
+                decode(context_.get(), collector_, batch, wanted);
+                mask_.end_survey();
+            } catch (...) {
+                mask_.abandon_survey();
+                throw;
+            }
+        });
+    }
+    mask_.set_kept(*kept);
 }
 
 void Session::survey_prediction(const TokenBatch & batch, const int8_t * wanted, size_t n_experts) {
@@ -467,6 +522,7 @@ void Session::for_each_logits(const std::vector<int32_t> & tokens, size_t first,
         for (size_t i = 0; i < n; ++i) {
             wanted[i] = start + i >= first;
         }
+        collector_.poll();
         decode(context_.get(), collector_, {tokens.data() + start, positions.data() + start, sequences.data(), n}, wanted.data());
         for (size_t i = 0; i < n; ++i) {
             if (wanted[i]) {
@@ -487,9 +543,70 @@ std::vector<double> Session::log_probs(const std::vector<int32_t> & tokens, size
     std::vector<double> result;
     for_each_logits(tokens, first, [&](size_t position, const float * row) {
         if (position + 1 < tokens.size()) {
-            result.push_back(log_prob(row, n_vocab(), tokens[position + 1]));
+            result.push_back(row[tokens[position + 1]] - Normaliser(row, n_vocab()).log_sum);
         }
     });
+    return result;
+}
+
+Predictions Session::predict_top(const std::vector<int32_t> & tokens, size_t first, size_t n_top) {
+    std::vector<int32_t> order(static_cast<size_t>(n_vocab()));
+    const size_t k = std::min(n_top, order.size());
+    Predictions result;
+    for_each_logits(tokens, first, [&](size_t position, const float * row) {
+        if (position + 1 == tokens.size()) {
+            return;
+        }
+        std::iota(order.begin(), order.end(), 0);
+        if (k < order.size()) {
+            const auto more_probable = [row](int32_t a, int32_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); };
+            std::nth_element(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k), order.end(), more_probable);
+        }
+        result.ids.insert(result.ids.end(), order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k));
+        add_prediction(result, row, n_vocab(), tokens[position + 1], order.data(), k);
+    });
+    return result;
+}
+
+Predictions Session::predict_ids(const std::vector<int32_t> & tokens, size_t first, const std::vector<int32_t> & ids, size_t n_ids) {
+    if (first >= tokens.size() || ids.size() != (tokens.size() - 1 - first) * n_ids) {
+        throw UsageError("there are " + std::to_string(ids.size()) + " ids for " + std::to_string(tokens.size()) + " tokens from " + std::to_string(first));
+    }
+    check_tokens(ids.data(), ids.size());
+    Predictions result;
+    for_each_logits(tokens, first, [&](size_t position, const float * row) {
+        if (position + 1 < tokens.size()) {
+            add_prediction(result, row, n_vocab(), tokens[position + 1], ids.data() + (position - first) * n_ids, n_ids);
+        }
+    });
+    return result;
+}
+
+bool Session::ends_generation(int token) const { return llama_vocab_is_eog(vocab_, token); }
+
+std::vector<int32_t> Session::generate(const std::vector<int32_t> & tokens, size_t n_new) {
+    if (llama_get_memory(context_.get()) == nullptr) {
+        throw UnsupportedError(options_.model_path + ": this model sees whole texts and does not continue them token by token");
+    }
+    if (tokens.empty() || tokens.size() + n_new > static_cast<size_t>(options_.ctx_size)) {
+        throw UsageError("a prompt of " + std::to_string(tokens.size()) + " tokens and " + std::to_string(n_new) + " new ones do not fit a context of " +
+                         std::to_string(options_.ctx_size));
+    }
+    std::vector<int32_t> result;
+    int32_t best = 0;
+    for_each_logits(tokens, tokens.size() - 1, [&](size_t, const float * row) { best = Normaliser(row, n_vocab()).best; });
+    while (result.size() < n_new) {
+        result.push_back(best);
+        if (ends_generation(best) || result.size() == n_new) {
+            break;
+        }
+        const int32_t position = static_cast<int32_t>(tokens.size() + result.size() - 1);
+        const int32_t sequence = 0;
+        const int8_t wanted = 1;
+        collector_.poll();
+        decode(context_.get(), collector_, {&best, &position, &sequence, 1}, &wanted);
+        best = Normaliser(llama_get_logits_ith(context_.get(), 0), n_vocab()).best;
+    }
     return result;
 }
 

@@ -40,6 +40,15 @@ struct SessionOptions {
     bool stop_early = true;
 };
 
+// What a model predicts at n positions, natural logarithms.
+struct Predictions {
+    std::vector<double>  next;       // [n]: of the token that comes
+    std::vector<int32_t> best;       // [n]: the most probable token, the lowest id where several are
+    std::vector<int32_t> ids;        // [n][k]: the tokens that log_probs is about
+    std::vector<float>   log_probs;  // [n][k]
+    std::vector<double>  rest;       // [n]: probability (not its logarithm) of all other tokens
+};
+
 // One batch: arrays [n_tokens].
 struct TokenBatch {
     const int32_t * tokens;
@@ -90,6 +99,9 @@ class Session {
     size_t n_experts() const { return collector_.saliency().n_experts(); }
     const Collector & collector() const { return collector_; }
 
+    // Virtual pruning: from now on as if each layer had only the experts that `kept` says; nothing: all of them again.
+    void set_kept(const std::optional<RouterMask::Kept> & kept);
+
     // Runs a batch without collecting anything: all logits, or the last token's alone. What a profile is measured against.
     void forward(const TokenBatch & batch, bool all_logits);
 
@@ -97,6 +109,13 @@ class Session {
     std::vector<float> logits(const std::vector<int32_t> & tokens, size_t first);
     // ln p(tokens[i + 1] | tokens[..i]) for i = first .. n - 2, in a fresh context.
     std::vector<double> log_probs(const std::vector<int32_t> & tokens, size_t first);
+    // The same with the `n_top` most probable tokens of each position, all of them in the order of the vocabulary where n_top is as large.
+    Predictions predict_top(const std::vector<int32_t> & tokens, size_t first, size_t n_top);
+    // The same with the tokens that `ids` [n - 1 - first][n_ids] says.
+    Predictions predict_ids(const std::vector<int32_t> & tokens, size_t first, const std::vector<int32_t> & ids, size_t n_ids);
+    // The most probable tokens one after another behind `tokens`, at most n_new, until one that ends a generation (which is included).
+    std::vector<int32_t> generate(const std::vector<int32_t> & tokens, size_t n_new);
+    bool ends_generation(int token) const;
 
   private:
     using OnLogits = std::function<void(size_t position, const float * logits)>;
@@ -109,12 +128,14 @@ class Session {
     void run_prediction(const TokenBatch & batch, const int32_t * groups);
     void forget();
     void check_tokens(const int32_t * tokens, size_t n_tokens) const;
+    void survey(const std::function<void(const TokenBatch & batch, const int8_t * wanted)> & run);
     void check_batch(const TokenBatch & batch, const int32_t * groups) const;
     // `hidden`: [n_tokens][n_embd] for the prediction block, which takes them beside the tokens
     void decode(llama_context * context, Collector & collector, const TokenBatch & batch, const int8_t * wanted, float * hidden = nullptr);
     void for_each_logits(const std::vector<int32_t> & tokens, size_t first, const OnLogits & on_logits);
 
     SessionOptions options_;
+    RouterMask     mask_;
     Collector      collector_;
     std::unique_ptr<llama_model, void (*)(llama_model *)>     model_{nullptr, llama_model_free};
     std::unique_ptr<llama_context, void (*)(llama_context *)> context_{nullptr, llama_free};

@@ -150,6 +150,28 @@ void TensorReader::read_f32(const ggml_tensor * t, std::vector<float> & values) 
     }
 }
 
+void fill_columns(ggml_tensor * t, const std::vector<int32_t> & columns, float value) {
+    require(t->type == GGML_TYPE_F32 && ggml_is_contiguous(t), t, "contiguous 32-bit floats");
+    const size_t n_row = static_cast<size_t>(t->ne[0]);
+    const size_t n_rows = static_cast<size_t>(ggml_nrows(t));
+    const auto fill = [&](float * values) {
+        for (size_t r = 0; r < n_rows; ++r) {
+            for (const int32_t column : columns) {
+                values[r * n_row + static_cast<size_t>(column)] = value;
+            }
+        }
+    };
+    if (on_host(t)) {
+        fill(static_cast<float *>(t->data));
+        return;
+    }
+    // there and back whole: a router's values are few, and a transfer for each column would be many
+    std::vector<float> values(n_row * n_rows);
+    ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
+    fill(values.data());
+    ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
+}
+
 void TensorReader::read_row_norms(const ggml_tensor * t, std::vector<double> & norms) {
     require(t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1, t, "rows of 32-bit floats");
     const size_t n_row = static_cast<size_t>(t->ne[0]);

@@ -53,6 +53,9 @@ class TensorReader {
     std::vector<float> floats_;
 };
 
+// Writes `value` into some columns of every row of a contiguous F32 matrix, wherever it lives.
+void fill_columns(ggml_tensor * rows, const std::vector<int32_t> & columns, float value);
+
 // Σ x² of n floats, accumulated in double precision.
 double sum_of_squares(const float * x, size_t n);
 

@@ -50,10 +50,10 @@ PUBLIC = [
 # Each module may import those of lower ranks, and of its own rank those named in SIBLINGS.
 RANKS = [
     {"errors", "progress", "version", "_native", "jsonfile"},
-    {"gguf", "ranking", "engine"},
+    {"gguf", "ranking", "engine", "agreement", "loops"},
     {"scores", "chat", "samples"},
     {"combining", "calibration", "planner", "checkpoint"},
-    {"inspector", "profiler", "pruner"},
+    {"inspector", "profiler", "pruner", "heldout"},
     {"evaluator", "html_report", "hf", "quantizer"},
     {"cli"},
 ]
@@ -174,6 +174,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
 NATIVE_RANKS = [
     {"errors"},
     {"saliency", "moe_graph", "tensor_read", "log_sink", "memory_guard"},
+    {"router_mask"},
     {"collector", "devices"},
     {"session"},
     {"bindings"},

@@ -127,3 +127,29 @@ class Session:
 
     def log_probs(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float64]:
         """ln p(tokens[i + 1] | tokens[..i]) for i = first .. n_tokens - 2, float64 [n_tokens - 1 - first], in a fresh context."""
+
+    def predict_top(self, tokens: NDArray[np.int32], first: int, n_top: int) -> dict[str, NDArray[Any]]:
+        """What the model predicts at the n = n_tokens - 1 - first positions from `first` on, in a fresh context.
+
+        next: float64 [n], ln p of the token that comes. best: int32 [n], the most probable token. ids: int32 [n, k], the
+        k = min(n_top, n_vocab) most probable tokens in no order, or the whole vocabulary in its own. log_probs: float32 [n, k],
+        theirs. rest: float64 [n], the probability (no logarithm) of all tokens that are not among them.
+        """
+
+    def predict_ids(self, tokens: NDArray[np.int32], first: int, ids: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+        """The same about the tokens `ids` int32 [n, k]; what it returns has no "ids"."""
+
+    def generate(self, tokens: NDArray[np.int32], n_new: int) -> NDArray[np.int32]:
+        """The most probable tokens one after another behind `tokens`: n_new, or fewer where one ends the text, which is the last then.
+
+        `UnsupportedModelError` for a model without a cache (diffusion).
+        """
+
+    def ends_generation(self, token: int) -> bool: ...
+    def set_kept(self, kept: dict[int, list[int]] | None) -> None:
+        """From now on run as if each MoE layer (GGUF block index) had only the experts `kept[layer]`; None: all of them again.
+
+        In force for everything that runs the model. After each batch it is checked that every layer was masked for every token.
+        `UnsupportedModelError` for a model whose routing depends on more than its router's values, `UsageError` for layers or ids that
+        the model does not have, or fewer experts than a token goes to.
+        """

@@ -293,6 +293,20 @@ def _check_structure(info: Prunable, plan: PrunePlan) -> None:
             raise MismatchError(f"the plan is of a model ({name}) where {key} is {planned}, but in {info.path} it is {found}")
 
 
+def plan_warnings(info: ModelInfo, plan: PrunePlan) -> Iterator[str]:
+    """What does not stop a plan that `check_plan` let pass, but should be known."""
+    if plan.fingerprint is None:
+        yield "the plan does not say which model it was made for; only layers and expert counts were compared"
+    crossed = crosses_over(info, plan)
+    if crossed:
+        yield "the plan was made of a Hugging Face checkpoint; layers, experts, groups and widths were compared"
+    router = plan.model.get("router_fingerprint")
+    if not crossed and plan.fingerprint is not None and router is not None and router != info.router_fingerprint:
+        yield "the routers' bytes differ from those of the model that was profiled (expected where the quantisation differs)"
+    if plan.options.get("trusted") is False:
+        yield "the plan was made of a file of llama-expert-profile, whose scores are not to be trusted"
+
+
 def _check_layers(info: Prunable, plan: PrunePlan) -> None:
     missing = [layer for layer in info.moe_layers if layer not in plan.layers]
     if missing and missing[0] >= info.n_layers - info.n_prediction_layers:
@@ -404,16 +418,7 @@ def _warnings(
     experts: Mapping[str, Experts],
     dry_run: bool,
 ) -> Iterator[str]:
-    if plan.fingerprint is None:
-        yield "the plan does not say which model it was made for; only layers and expert counts were compared"
-    crossed = crosses_over(info, plan)
-    if crossed:
-        yield "the plan was made of a Hugging Face checkpoint; layers, experts, groups and widths were compared"
-    router = plan.model.get("router_fingerprint")
-    if not crossed and plan.fingerprint is not None and router is not None and router != info.router_fingerprint:
-        yield "the routers' bytes differ from those of the model that was profiled (expected where the quantisation differs)"
-    if plan.options.get("trusted") is False:
-        yield "the plan was made of a file of llama-expert-profile, whose scores are not to be trusted"
+    yield from plan_warnings(info, plan)
     if plan.keep < info.n_experts and gates_depend_on_all(model, info.architecture):
         yield (
             f"{info.architecture} does not normalise the gates of the chosen experts again: removing experts makes the gates of"

@@ -96,7 +96,7 @@ for _command, _example in (
     (measuring.compare, "reap compare a.reap.json b.reap.json --keep 0.5"),
     (cutting.plan, "reap plan model.reap.json --keep 0.5 -o plan.json"),
     (cutting.prune, "reap prune model.gguf --plan plan.json -o small.gguf"),
-    (measuring.evaluate, "reap evaluate small.gguf heldout.txt -c 512"),
+    (measuring.evaluate, "reap evaluate model.gguf heldout.txt --plan plan.json --loops"),
     (measuring.devices, "reap devices"),
     (measuring.rpc_server, "reap rpc-server --port 50052"),
     (demonstration.demo, "reap demo --out reap-demo"),

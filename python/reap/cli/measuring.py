@@ -9,9 +9,11 @@ import typer
 
 import reap
 from reap.cli.options import Json, Metric, Seed, check_output, parse_keep, with_engine_options
-from reap.cli.show import bytes_text, number_text, print_facts, print_json, print_table, progress_bar, say
+from reap.cli.show import bytes_text, number_text, percent_text, print_facts, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
+    from reap.evaluator import Evaluation
+    from reap.loops import LoopFigures
     from reap.scores import Profile
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
@@ -105,23 +107,72 @@ def compare(
 @with_engine_options(ctx_size=512)
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
-    text: Annotated[Path, typer.Argument(metavar="TEXT", help="Held-out text, at least one window long.")],
+    text: Annotated[
+        list[Path], typer.Argument(metavar="TEXT...", help="Held-out text, or JSON Lines with domains; of several files each is a domain.")
+    ],
+    reference: Annotated[
+        Path | None, typer.Option("--reference", metavar="MODEL", help="Compare with this model, the one before pruning say.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="PLAN.json", help="Evaluate as if MODEL were pruned so; nothing is written.")
+    ] = None,
+    loops: Annotated[bool, typer.Option("--loops", help="Let the model continue a few prompts, and look for repetition.")] = False,
     json: Json = False,
     *,
     engine: dict[str, Any],
 ) -> None:
-    """Measure a model's perplexity on a text, by llama-perplexity's rule."""
+    """Measure how well a model predicts a text, and how far it agrees with another."""
     with progress_bar("evaluating") as progress:
-        result = reap.evaluate(model, text, progress=progress, **engine)
+        result = reap.evaluate(
+            model, text if len(text) > 1 else text[0], reference=reference, plan=plan, loops=loops, progress=progress, **engine
+        )
     if json:
         return print_json(result.to_dict())
-    print_facts(
-        [
-            ("perplexity", f"{result.perplexity:.4f} ± {number_text(result.stderr)}"),
-            ("tokens", f"{result.tokens:,} scored in {result.windows} windows of {result.ctx_size}"),
-            ("time", f"{result.seconds:.1f} s"),
+    print_evaluation(result)
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """The figures, a table of the domains, and what they mean."""
+    facts: list[tuple[str, object]] = [
+        ("perplexity", f"{result.perplexity:.4f} ± {number_text(result.stderr)}"),
+        ("tokens", f"{result.tokens:,} scored in {result.windows} windows of {result.ctx_size}"),
+        ("experts", f"{result.plan['keep']} of {result.plan['n_experts']} ({result.plan['metric']}), virtually" if result.plan else None),
+    ]
+    if result.perplexity_ratio is not None:
+        quantiles = ((50, result.kl_median), (90, result.kl_p90), (95, result.kl_p95), (99, result.kl_p99), (100, result.kl_max))
+        facts += [
+            ("reference", f"{result.reference}, perplexity {number_text(result.reference_perplexity)}"),
+            ("perplexity ratio", f"{result.perplexity_ratio:.4f} ± {number_text(result.ratio_stderr)}"),
+            ("KL divergence", f"mean {number_text(result.kl_mean)} ± {number_text(result.kl_stderr)} nats"),
+            ("its quantiles", ", ".join(f"{share} % {number_text(value)}" for share, value in quantiles)),
+            ("same top token", percent_text(result.top1)),
+            ("halved", f"{percent_text(result.halved)} of the tokens are at most half as probable"),
         ]
-    )
+    if result.loops is not None:
+        facts += _loop_facts(result.loops)
+    facts += [("note", warning) for warning in result.warnings]
+    print_facts([*facts, ("time", f"{result.seconds:.1f} s")])
+    if result.domains:
+        columns = ["domain", "tokens", "perplexity", "ratio", "mean KL", "same top token", "halved"]
+        rows = [
+            (name, f"{found.tokens:,}", f"{found.perplexity:.4f}", number_text(found.perplexity_ratio), number_text(found.kl_mean),
+             percent_text(found.top1), percent_text(found.halved))
+            for name, found in result.domains.items()
+        ]  # fmt: skip
+        print_table(columns, rows)
+    say(result.meaning)
+
+
+def _loop_facts(loops: LoopFigures) -> list[tuple[str, object]]:
+    def beside(value: float, reference: float | None) -> str:
+        return percent_text(value) + ("" if reference is None else f" (reference {percent_text(reference)})")
+
+    return [
+        ("continuations", f"{loops.prompts} of up to {loops.new_tokens} tokens"),
+        ("repeated 4-grams", beside(loops.repeated, loops.reference_repeated)),
+        ("end in a loop", beside(loops.looping, loops.reference_looping)),
+        ("unfinished", beside(loops.unfinished, loops.reference_unfinished)),
+    ]
 
 
 def devices(json: Json = False) -> None:

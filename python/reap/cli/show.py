@@ -81,6 +81,11 @@ def number_text(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
+def percent_text(share: float | None) -> str:
+    """0.1234 -> "12.3 %", a dash for what is undefined."""
+    return "–" if share is None or math.isnan(share) else f"{share:.1%}".replace("%", " %")
+
+
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         unit = task.fields["unit"]
