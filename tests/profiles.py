@@ -87,3 +87,25 @@ def reference_document(n_experts: int = 4) -> dict[str, Any]:
     }
     assert n_experts == 4
     return {"0": layer, "2": dict(layer, reap=[2.0, 0.5, 0.5, 0.0])}
+
+
+def large_profile(seed: int = 0, *, n_layers: int = 60, n_experts: int = 512, used: int = 10, tokens: int = 200_000) -> Profile:
+    ""
+    """A profile of the size of the largest models, made up: uneven loads, norms that grow with depth, two domains, one outlier."""
+    rng = np.random.default_rng(seed)
+    parts = {}
+    for name, share in (("code", 0.6), ("prose", 0.4)):
+        seen = int(tokens * share)
+        popularity = rng.dirichlet(np.full(n_experts, 0.7), size=n_layers)
+        counts = np.minimum(np.stack([rng.multinomial(seen * used, row) for row in popularity]), seen).astype(np.int64)
+        norm = rng.lognormal(0, 0.35, (n_layers, n_experts)) * np.linspace(1, 30, n_layers)[:, None]
+        norm[n_layers // 2, 7] *= 200
+        gate = rng.beta(2, 12, (n_layers, n_experts))
+        mean = gate * norm
+        sums: dict[str, Any] = dict(counts=counts, gate_sum=counts * gate, norm_sum=counts * norm, gated_norm_sum=counts * mean)
+        sums |= dict(gated_norm_sq_sum=counts * mean**2 * 1.2, norm_max=np.where(counts > 0, norm, 0.0))
+        parts[name] = sums | {"total_tokens": np.full(n_layers, seen)}
+    model = {"name": f"made up, {n_layers} × {n_experts}", "architecture": "qwen3next", "n_experts": n_experts, "n_experts_used": used}
+    calibration = {"files": ["made-up.jsonl"], "samples": 1_000, "tokens": tokens}
+    layers, whole = range(1, n_layers + 1), add_sums(list(parts.values()))
+    return Profile.from_sums(layers=layers, **whole, model=model, calibration=calibration, engine={"reap": "0"}, domains=parts)

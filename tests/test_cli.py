@@ -21,7 +21,9 @@ from reap.errors import Interrupted, UsageError
 from reap.progress import Progress
 from reap.scores import Profile
 
-COMMANDS = ("inspect", "profile", "merge", "compare", "plan", "prune", "evaluate", "devices", "rpc-server", "demo", "hf profile")
+COMMANDS = (
+    "inspect", "profile", "merge", "compare", "plan", "prune", "evaluate", "report", "card", "devices", "rpc-server", "demo", "hf profile",
+)  # fmt: skip
 
 
 class Recorder:
@@ -66,12 +68,15 @@ def test_every_help_ends_with_an_example(command: str, capsys: pytest.CaptureFix
         assert f"Example: reap {command}" in " ".join(last)
 
 
-def test_every_example_parses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_example_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from reap.cli.app import app
 
+    monkeypatch.chdir(tmp_path)
+    make_profile().save("model.reap.json")
     for command in app.registered_commands:
         example = (command.epilog or "").removeprefix("Example: reap ").split()
         name = example[0]
+        name = {"card": "model_card"}.get(name, name)
         if name not in reap.__all__:  # devices, demo, rpc-server: no function of the library has their name
             continue
         record(monkeypatch, name, error=UsageError("reached the library"))

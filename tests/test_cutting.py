@@ -13,9 +13,9 @@ from gguf_builder import build_moe
 from imatrices import sizes_of, write_gguf_imatrix
 from profiles import from_scores, make_profile
 from reap.cli import main
-from reap.cli.cutting import ranges_text
 from reap.inspector import inspect
 from reap.pruner import prune
+from reap.wording import ranges_text
 
 
 @pytest.fixture

@@ -38,22 +38,26 @@ PUBLIC = [
     "UsageError",
     "__version__",
     "compare",
+    "comparison_report",
     "evaluate",
     "inspect",
     "merge",
+    "model_card",
     "plan",
     "profile",
     "prune",
+    "report",
     "super_experts",
 ]
 
 # Each module may import those of lower ranks, and of its own rank those named in SIBLINGS.
 RANKS = [
-    {"errors", "progress", "version", "_native", "jsonfile"},
-    {"gguf", "ranking", "engine", "agreement", "loops"},
+    {"errors", "progress", "version", "wording", "_native", "jsonfile"},
+    {"gguf", "ranking", "engine", "agreement", "loops", "memory"},
     {"scores", "chat", "samples"},
     {"combining", "calibration", "planner", "checkpoint"},
-    {"inspector", "profiler", "pruner", "heldout"},
+    {"inspector", "profiler", "pruner", "heldout", "summaries"},
+    {"sizing"},
     {"evaluator", "html_report", "hf", "quantizer"},
     {"cli"},
 ]
@@ -64,8 +68,10 @@ SIBLINGS = {
     ("profiler", "inspector"),
     ("pruner", "inspector"),
     ("evaluator", "hf"),
+    ("scores", "html_report"),  # upwards: Profile.plot, when it is called
 }
 PURE = {"scores", "combining", "ranking", "planner", "pruner", "inspector", "gguf", "jsonfile", "samples", "chat", "calibration"}
+PURE |= {"summaries", "sizing", "memory", "wording", "html_report"}
 
 
 def test_public_names() -> None:
@@ -94,11 +100,11 @@ def modules_after(statement: str) -> set[str]:
 
 def test_import_is_lazy() -> None:
     loaded = modules_after("import reap")
-    assert not {"numpy", "reap._core", "reap.scores", "jinja2", "rich", "typer"} & loaded
+    assert not {"numpy", "reap._core", "reap.scores", "jinja2", "plotly", "rich", "typer"} & loaded
     assert "numpy" not in modules_after("import reap; reap.UsageError")
 
 
-@pytest.mark.parametrize("name", ["Profile", "merge", "plan", "prune", "inspect"])
+@pytest.mark.parametrize("name", ["Profile", "merge", "plan", "prune", "inspect", "report", "comparison_report", "model_card"])
 def test_half_of_it_never_loads_the_native_module(name: str) -> None:
     assert "reap._core" not in modules_after(f"import reap; reap.{name}")
 

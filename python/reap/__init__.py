@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from reap.errors import UsageError as UsageError
     from reap.evaluator import Evaluation as Evaluation
     from reap.evaluator import evaluate as evaluate
+    from reap.html_report.card import model_card as model_card
+    from reap.html_report.comparison import comparison_report as comparison_report
+    from reap.html_report.profile_report import report as report
     from reap.inspector import ModelInfo as ModelInfo
     from reap.inspector import inspect as inspect
     from reap.planner import PrunePlan as PrunePlan
@@ -62,6 +65,9 @@ _HOME = {
         "UsageError",
     ),
     "evaluator": ("Evaluation", "evaluate"),
+    "html_report.card": ("model_card",),
+    "html_report.comparison": ("comparison_report",),
+    "html_report.profile_report": ("report",),
     "inspector": ("ModelInfo", "inspect"),
     "planner": ("PrunePlan", "plan", "super_experts"),
     "profiler": ("profile",),

@@ -8,13 +8,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import FormatError, ReapWarning, UsageError
 from reap.jsonfile import EXPERT_LIMIT, LAYER_LIMIT, Node, read_json, write_json
+
+if TYPE_CHECKING:
+    from reap.planner import PrunePlan
 
 FORMAT = "reap.profile"
 VERSION = 1
@@ -148,6 +151,29 @@ class Profile:
         if metric == "random":
             return np.stack([_random_scores(seed, int(layer), self.n_experts) for layer in self.layers])
         return _FORMULAS[metric](self)
+
+    def plot(
+        self,
+        kind: str = "heatmap",
+        *,
+        metric: str = "reap",
+        plan: PrunePlan | None = None,
+        keep: int | float | None = None,
+        scaling: str = "relative",
+    ) -> Any:
+        """A figure of the report as a plotly Figure, for notebooks: it shows itself, and has `write_html` and `write_image`.
+
+        kind     "heatmap": layers × experts · "distribution": quartiles of the score by layer, and the cut · "inequality": Gini, gap at the
+                 cut · "load" · "mass": kept share of Σ g·‖f‖ against chance · "metrics", "domains": overlap of what each would keep
+        plan     what stays (a PrunePlan of this profile); or `keep`, for what `reap.plan` would choose by `metric`; "mass", "metrics" and
+                 "domains" need one of the two
+        scaling  of the heat map: "relative" to the layer's median (log), "value", or "rank" in the layer
+
+        Raises UsageError for another word, MismatchError for a plan of another model.
+        """
+        from reap.html_report.notebook import plot  # upwards, and only here: drawing needs everything below it
+
+        return plot(self, kind, metric=metric, plan=plan, keep=keep, scaling=scaling)
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `save` writes: docs/files.md."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from reap.cli import checkpoints, cutting, demonstration, measuring
+from reap.cli import checkpoints, cutting, demonstration, measuring, reporting
 from reap.errors import Interrupted, ReapError
 from reap.version import version
 
@@ -97,6 +97,8 @@ for _command, _example in (
     (cutting.plan, "reap plan model.reap.json --keep 0.5 -o plan.json"),
     (cutting.prune, "reap prune model.gguf --plan plan.json -o small.gguf"),
     (measuring.evaluate, "reap evaluate model.gguf heldout.txt --plan plan.json --loops"),
+    (reporting.report, "reap report model.reap.json --plan plan.json --model model.gguf -o report.html"),
+    (reporting.card, "reap card small.gguf --source model.gguf --profile model.reap.json -o MODEL_CARD.md"),
     (measuring.devices, "reap devices"),
     (measuring.rpc_server, "reap rpc-server --port 50052"),
     (demonstration.demo, "reap demo --out reap-demo"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,10 @@ import typer
 import reap
 from reap.cli.options import Json, KeepText, Metric, Protect, Seed, check_output, parse_keep
 from reap.cli.show import bytes_text, print_facts, print_json, progress_bar
+from reap.cli.summary import fit_facts, plan_facts, plan_figures
 from reap.errors import UsageError
+from reap.memory import describe_fit
+from reap.wording import ranges_text
 
 if TYPE_CHECKING:  # numpy takes longer to import than a header to read
     from reap.inspector import ModelInfo
@@ -26,7 +28,7 @@ def inspect(model: Model, json: Json = False) -> None:
     info = reap.inspect(model)
     if json:
         return print_json(info.to_dict())
-    print_facts(_model_facts(info))
+    print_facts(_model_facts(info) + fit_facts(info))
 
 
 def _model_facts(info: ModelInfo) -> list[tuple[str, object]]:
@@ -77,8 +79,9 @@ def plan(
     """Choose the experts that each layer keeps."""
     if output is not None:
         check_output(output, profile)
+    measured = reap.Profile.load(profile)
     made = reap.plan(
-        profile, keep=parse_keep(keep), metric=metric, protect=protect or (), blend=blend, seed=seed, protect_super_experts=super_experts
+        measured, keep=parse_keep(keep), metric=metric, protect=protect or (), blend=blend, seed=seed, protect_super_experts=super_experts
     )
     from reap.pruner import size_after
 
@@ -86,8 +89,9 @@ def plan(
     if output is not None:
         made.save(output)
     if json:
-        return print_json(made.to_dict() | ({"n_bytes_before": sizes[0], "n_bytes_after": sizes[1]} if sizes else {}))
-    print_facts(_plan_facts(made, output, sizes))
+        figures = plan_figures(measured, made) | ({"n_bytes_before": sizes[0], "n_bytes_after": sizes[1]} if sizes else {})
+        return print_json(made.to_dict() | figures)
+    print_facts(_plan_facts(made, output, sizes) + plan_facts(measured, made))
 
 
 def _plan_facts(made: PrunePlan, output: Path | None, sizes: tuple[int, int] | None) -> list[tuple[str, object]]:
@@ -101,6 +105,7 @@ def _plan_facts(made: PrunePlan, output: Path | None, sizes: tuple[int, int] | N
         ("protected", ", ".join(f"{layer}:{expert}" for layer, ids in protected.items() for expert in ids) or None),
         ("super experts", _super_experts_text(made)),
         ("size", size),
+        ("fits in", describe_fit(sizes[1]) if sizes else None),
         ("note", router_warning(made.keep, made.n_experts)),
     ]
 
@@ -197,16 +202,3 @@ def _files_text(report: PruneReport) -> list[str]:
 def _layer_facts(report: PruneReport) -> list[tuple[str, object]]:
     removed = report.removed
     return [("", f"layer {layer}: keeps {ranges_text(kept)}; removes {ranges_text(removed[layer])}") for layer, kept in report.kept.items()]
-
-
-def ranges_text(ids: Sequence[int]) -> str:
-    """Ascending ids with runs of three and more drawn together: 0-2, 5, 7, 8."""
-    parts: list[str] = []
-    start = 0
-    for index, number in enumerate(ids):
-        if index + 1 < len(ids) and ids[index + 1] == number + 1:
-            continue
-        run = ids[start : index + 1]
-        parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(one) for one in run]
-        start = index + 1
-    return ", ".join(parts) or "none"

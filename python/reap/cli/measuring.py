@@ -10,6 +10,7 @@ import typer
 import reap
 from reap.cli.options import Json, Metric, Seed, check_output, parse_keep, with_engine_options
 from reap.cli.show import bytes_text, number_text, percent_text, print_facts, print_json, print_table, progress_bar, say
+from reap.cli.summary import profile_facts
 
 if TYPE_CHECKING:
     from reap.evaluator import Evaluation
@@ -63,15 +64,15 @@ def print_profile(measured: Profile, output: Path) -> None:
     """What a profile says, in a few lines."""
     record = measured.calibration
     failed = record.get("failed_samples") or []
-    never = int(measured.never_routed.sum())
     print_facts(
         [
             ("profile", output),
-            ("experts", f"{measured.n_experts} in each of {measured.n_layers} layers; {never} were never routed to"),
+            ("experts", f"{measured.n_experts} in each of {measured.n_layers} layers"),
             ("tokens", f"{record.get('tokens', 0):,} of {record.get('samples', 0):,} samples in {record.get('windows', 0):,} windows"),
             ("skipped", f"{record['skipped']:,} samples: {', '.join(record['skipped_lines'][:3])}" if record.get("skipped") else None),
             ("failed", f"{len(failed):,} samples: {'; '.join(failed[:3])}" if failed else None),
             ("domains", ", ".join(measured.domains) or None),
+            *profile_facts(measured),
         ]
     )
 
@@ -93,10 +94,15 @@ def compare(
     keep: Annotated[str, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep: 0.5 is half, 64 is 64.")] = "0.5",
     metric: Metric = "reap",
     seed: Seed = 0,
+    html: Annotated[Path | None, typer.Option("--html", "-o", metavar="FILE", help="Write a page of it as well.")] = None,
     json: Json = False,
 ) -> None:
     """Say how far two profiles agree: rank correlation, and overlap of the experts they would keep."""
+    if html is not None:
+        check_output(html, a, b)
     result = reap.compare(a, b, keep=parse_keep(keep), metric=metric, seed=seed)
+    if html is not None:
+        reap.comparison_report(a, b, html, keep=parse_keep(keep), metric=metric, seed=seed)
     if json:
         return print_json(result.to_dict())
     rows = [(layer.layer, number_text(layer.spearman), number_text(layer.overlap), number_text(layer.jaccard)) for layer in result.layers]

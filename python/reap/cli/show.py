@@ -15,6 +15,7 @@ from rich.text import Text
 
 from reap.progress import Progress as Step
 from reap.progress import ProgressCallback
+from reap.wording import bytes_text as bytes_text
 
 _PIPE_WIDTH = 200  # rich would cut tables at 80 columns where nobody looks at a screen
 
@@ -64,16 +65,6 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
 def say(text: str) -> None:
     """A line of plain words."""
     console().print(text, soft_wrap=True)
-
-
-def bytes_text(n_bytes: int) -> str:
-    """12345678 -> "11.8 MiB"."""
-    size = float(n_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def number_text(value: float | None) -> str:
