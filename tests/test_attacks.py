@@ -293,6 +293,11 @@ JSON_ATTACKS: dict[str, str | bytes] = {
     "a number of a million digits": '{"format": ' + "9" * 1_000_000 + "}",
     "an exponent beyond all doubles": '{"format": 1e999999999}',
     "nothing but commas": "{" + "," * 1_000_000,
+    "a hundred million bytes": b'{"format": "' + b"a" * 100_000_000,
+    "a million empty lists": '{"format": [' + "[]," * 1_000_000 + "0]}",
+    "a million keys": "{" + ",".join(f'"{key}":0' for key in range(1_000_000)) + "}",
+    "as many numbers as there may be": '{"format": "reap.profile", "version": 1, "layers": [' + "0," * (1 << 22) + "0]}",
+    "as many zeros as there may be bytes": '{"format": "reap.profile", "version": 1, "layers": 0.' + "0" * (75 << 20) + "}",
 }
 PLANS: dict[str, str | bytes] = {
     **JSON_ATTACKS,

@@ -258,7 +258,8 @@ def test_a_wrong_field_is_one_clear_error(tmp_path: Path, change: Callable[[dict
         (b'{"format": 1e999}', "does not fit a double"),
         (b'{"format": ' + b"9" * 100_000 + b"}", "number|string"),
         (b'{"a":' * 100_000 + b"}" * 100_000, "nested too deeply"),
-        (b"[" * 1_000_000, "nested too deeply"),
+        (b"[" * 50_000, "nested too deeply"),
+        (b"[" * 1_000_000, "has 1,000,000 lists and objects, more than 100,000; no profile of reap has as many"),
         (b"\xff\xfe{}", "is not UTF-8"),
         (b'{"0": {"activation_counts": []}}', "have no experts"),
         (b'{"0": {"activation_counts": [1]}}', 'layer 0 lacks "total_tokens"'),
@@ -283,7 +284,18 @@ def test_missing_file_is_a_wrong_call(tmp_path: Path) -> None:
 def test_oversized_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_profile().save(tmp_path / "p.json")
     monkeypatch.setattr("reap.jsonfile.MAX_BYTES", 100)
-    with pytest.raises(FormatError, match="is larger than"):
+    with pytest.raises(FormatError, match=r"is larger than .* REAP_LARGE_FILES=1 reads it"):
+        Profile.load(path)
+    monkeypatch.setattr("reap.jsonfile.MAX_BYTES", path.stat().st_size // 2)
+    monkeypatch.setenv("REAP_LARGE_FILES", "1")
+    assert Profile.load(path).counts.sum() > 0
+
+
+def test_what_cannot_be_read_again_is_said_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reap.jsonfile.MAX_VALUES", 10)
+    with pytest.warns(ReapWarning, match=r"p\.json: .* REAP_LARGE_FILES=1"):
+        path = make_profile().save(tmp_path / "p.json")
+    with pytest.raises(FormatError, match="values, more than 10; no profile"):
         Profile.load(path)
 
 

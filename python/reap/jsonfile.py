@@ -16,10 +16,17 @@ from numpy.typing import NDArray
 
 from reap.errors import FormatError, OutputError, UsageError
 
-# A profile of 100 layers, 1,024 experts and 20 domains is about 400 MB; a larger file is not one.
-MAX_BYTES = 512 << 20
+# A profile of 60 layers, 512 experts and 8 domains is about 60 MB. A small file can ask for much memory: Python spends 8 bytes on a
+# number that took 2 in the file, and 64 on an empty list that took 3, so those are counted before anything is made of them.
+MAX_BYTES = 80 << 20
+MAX_VALUES = 4 << 20
+MAX_CONTAINERS = 100_000
+# who has a larger profile than that, and made it, may say so
+LARGE_VARIABLE = "REAP_LARGE_FILES"
+_LARGE_FACTOR = 32
 LAYER_LIMIT = 100_000
 EXPERT_LIMIT = 1 << 20
+_INFINITY = float("inf")
 
 
 class Node:
@@ -119,27 +126,53 @@ def read_json(path: str | os.PathLike[str], *, what: str, max_bytes: int | None 
     """The JSON object in `path`, which an error calls `what` ("profile", "plan").
 
     Raises UsageError where the file cannot be opened, FormatError where it is not strict JSON: NaN, Infinity, numbers beyond a
-    double, repeated keys, deep nesting and files over `max_bytes` (None: 512 MiB) are refused.
+    double, repeated keys, deep nesting and files over `max_bytes` (None: 80 MiB), and more
+    lists, objects or values than a profile has, are refused. REAP_LARGE_FILES=1 in the environment lifts the default to 32 times as much.
     """
     name = os.fspath(path)
-    max_bytes = MAX_BYTES if max_bytes is None else max_bytes
+    factor, hint = (1, "") if max_bytes is not None else _large()
+    max_bytes = (MAX_BYTES if max_bytes is None else max_bytes) * factor
     try:
         with open(name, "rb") as file:
             raw = file.read(max_bytes + 1)
     except OSError as error:
         raise UsageError(f"{name}: cannot read the {what}: {error.strerror or error}") from error
     if len(raw) > max_bytes:
-        raise FormatError(f"{name}: is larger than {max_bytes >> 20} MiB and so no {what} of reap")
+        raise FormatError(f"{name}: is larger than {max_bytes >> 20} MiB and so no {what} of reap{hint}")
+    if problem := too_many(raw, factor):
+        raise FormatError(f"{name}: has {problem}; no {what} of reap has as many{hint}")
     node = Node(parse_json(raw, name), name)
     node.members()
     return node
+
+
+def _large() -> tuple[int, str]:
+    """By how much the limits are lifted, and what an error says of it."""
+    if os.environ.get(LARGE_VARIABLE) == "1":
+        return _LARGE_FACTOR, ""
+    return 1, f" (where it is one all the same, {LARGE_VARIABLE}=1 reads it)"
+
+
+def too_many(raw: bytes, factor: int = 1) -> str | None:
+    """What a JSON text has more of than `read_json` takes, times `factor`; None where there is nothing."""
+    counted = (("lists and objects", b"[{", MAX_CONTAINERS), ("members of objects", b":", MAX_CONTAINERS), ("values", b",", MAX_VALUES))
+    for things, signs, most in counted:
+        found = sum(raw.count(sign) for sign in signs)
+        if found > most * factor:
+            return f"{found:,} {things}, more than {most * factor:,}"
+    return f"{len(raw):,} bytes, more than {MAX_BYTES * factor:,}" if len(raw) > MAX_BYTES * factor else None
 
 
 def parse_json(raw: bytes | str, where: str, *, allow_constants: bool = False) -> Any:
     """Strict JSON text to Python values; FormatError that begins with `where`. allow_constants: NaN and Infinity as Python writes them."""
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=float if allow_constants else _refuse)
+        if allow_constants:
+            return json.loads(text, object_pairs_hook=_object, parse_float=_finite)
+        # a hook for every number would take longer than all the rest
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse)
+        _check_finite(value)
+        return value
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: is not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
@@ -164,6 +197,20 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"the number {shorten(text)} does not fit a double")
     return value
+
+
+def _check_finite(root: object) -> None:
+    """ValueError where a number was too large for a double; the parser makes an infinity of it."""
+    waiting = [root]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            items = list(value.values()) if isinstance(value, dict) else value
+            if _INFINITY in items or -_INFINITY in items:
+                raise ValueError("a number does not fit a double")
+            waiting += [item for item in items if isinstance(item, dict | list)]
+        elif value in (_INFINITY, -_INFINITY):
+            raise ValueError("a number does not fit a double")
 
 
 def _refuse(text: str) -> NoReturn:

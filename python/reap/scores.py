@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import FormatError, ReapWarning, UsageError
-from reap.jsonfile import EXPERT_LIMIT, LAYER_LIMIT, Node, read_json, write_json
+from reap.jsonfile import EXPERT_LIMIT, LARGE_VARIABLE, LAYER_LIMIT, Node, read_json, too_many, write_json
 
 if TYPE_CHECKING:
     from reap.planner import PrunePlan
@@ -186,8 +186,15 @@ class Profile:
         return document
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the profile as JSON, whole or not at all; doubles survive exactly. Raises OutputError."""
-        return write_json(path, self.to_dict())
+        """Write the profile as JSON, whole or not at all; doubles survive exactly. Raises OutputError.
+
+        A ReapWarning says so where the file is so large that reap reads it only on demand.
+        """
+        written = write_json(path, self.to_dict())
+        if written.is_file() and (problem := too_many(written.read_bytes())):
+            message = f"{written}: has {problem}; it is read again with {LARGE_VARIABLE}=1 in the environment only"
+            warnings.warn(message, ReapWarning, stacklevel=2)
+        return written
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
