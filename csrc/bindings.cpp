@@ -1,6 +1,7 @@
 // The only file that knows Python: casts, the GIL, the map of errors. No logic.
 #include "devices.h"
 #include "errors.h"
+#include "quantizer.h"
 #include "session.h"
 
 #include <pybind11/functional.h>
@@ -212,6 +213,34 @@ void serve_rpc(const std::string & endpoint, int threads) {
     reap::serve_rpc(endpoint, threads);
 }
 
+// `progress` runs inside the engine, which must not see an exception of Python's: it is kept, and raised when the engine is done.
+void quantize(const reap::QuantizeOptions & options, const py::function & progress) {
+    reap::start_engine();
+    std::optional<py::error_already_set> failure;
+    {
+        const py::gil_scoped_release released;
+        reap::quantize(options, [&](int begun, int total) {
+            const py::gil_scoped_acquire gil;
+            try {
+                if (!failure) {
+                    progress(begun, total);
+                }
+            } catch (py::error_already_set & error) {
+                failure.emplace(std::move(error));
+            }
+        });
+    }
+    if (failure) {
+        throw std::move(*failure);
+    }
+}
+
+double quantized_size(const reap::QuantizeOptions & options) {
+    reap::start_engine();
+    const py::gil_scoped_release released;
+    return reap::quantized_size(options);
+}
+
 void register_errors() {
     py::register_exception_translator([](std::exception_ptr pending) {
         const auto raise = [](const char * type, const char * message) {
@@ -259,6 +288,31 @@ PYBIND11_MODULE(_core, m) {
         .def_readwrite("head_on_host", &SessionOptions::head_on_host)
         .def_readwrite("reduce_on_device", &SessionOptions::reduce_on_device)
         .def_readwrite("stop_early", &SessionOptions::stop_early);
+
+    using reap::QuantizeOptions;
+    py::class_<QuantizeOptions>(m, "QuantizeOptions")
+        .def(py::init<>())
+        .def_readwrite("input", &QuantizeOptions::input)
+        .def_readwrite("output", &QuantizeOptions::output)
+        .def_readwrite("type", &QuantizeOptions::type)
+        .def_readwrite("threads", &QuantizeOptions::threads)
+        .def_readwrite("allow_requantize", &QuantizeOptions::allow_requantize)
+        .def_readwrite("pure", &QuantizeOptions::pure)
+        .def_readwrite("quantize_output", &QuantizeOptions::quantize_output)
+        .def_readwrite("output_tensor_type", &QuantizeOptions::output_tensor_type)
+        .def_readwrite("token_embedding_type", &QuantizeOptions::token_embedding_type)
+        .def_readwrite("tensor_types", &QuantizeOptions::tensor_types)
+        .def_readwrite("metadata", &QuantizeOptions::metadata)
+        .def(
+            "set_imatrix",
+            [](QuantizeOptions & options, const std::string & name, const py::array_t<float, py::array::c_style> & values) {
+                options.imatrix[name].assign(values.data(), values.data() + values.size());
+            },
+            py::arg("name"), py::arg("values"));
+    m.def("quantize_types", &reap::quantize_types);
+    m.def("tensor_types", &reap::tensor_types);
+    m.def("quantized_size", &quantized_size, py::arg("options"));
+    m.def("quantize", &quantize, py::arg("options"), py::arg("progress"));
 
     m.def("devices", &devices);
     m.def("backends", &backends);

@@ -3,6 +3,7 @@
 #include "llama.h"
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <mutex>
 
@@ -18,6 +19,7 @@ std::mutex mutex;
 std::deque<std::string> lines;
 std::string pending;
 ggml_log_level pending_level = GGML_LOG_LEVEL_NONE;
+std::atomic<const LogListener *> listening = nullptr;
 
 void keep_line() {
     while (!pending.empty() && (pending.back() == '\n' || pending.back() == ' ')) {
@@ -33,6 +35,9 @@ void keep_line() {
 }
 
 void sink(ggml_log_level level, const char * text, void * /*user_data*/) {
+    if (const LogListener * listener = listening) {
+        (*listener)(text);  // without the lock: it may wait for another that belongs to someone who waits for this one
+    }
     const std::lock_guard<std::mutex> lock(mutex);
     if (level != GGML_LOG_LEVEL_CONT) {
         keep_line();
@@ -65,6 +70,14 @@ std::string log_tail() {
         tail += (tail.empty() ? "" : "; ") + lines[i];
     }
     return tail;
+}
+
+ListenToLog::ListenToLog(const LogListener & listener) {
+    listening = &listener;
+}
+
+ListenToLog::~ListenToLog() {
+    listening = nullptr;
 }
 
 }  // namespace reap

@@ -1,6 +1,7 @@
 // llama.cpp's log: the last lines are kept, to be quoted in errors; nothing is printed.
 #pragma once
 
+#include <functional>
 #include <string>
 
 namespace reap {
@@ -13,5 +14,17 @@ void clear_log();
 
 // The last warnings and errors, newest last, joined by "; ". Empty where there were none.
 std::string log_tail();
+
+// Hears each piece of the log as it is written, from whatever thread that is. It must not throw, and must not log.
+using LogListener = std::function<void(const std::string &)>;
+
+// While it lives, `listener` hears the log. One at a time.
+class ListenToLog {
+  public:
+    explicit ListenToLog(const LogListener & listener);
+    ~ListenToLog();
+    ListenToLog(const ListenToLog &) = delete;
+    ListenToLog & operator=(const ListenToLog &) = delete;
+};
 
 }  // namespace reap

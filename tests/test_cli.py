@@ -22,7 +22,8 @@ from reap.progress import Progress
 from reap.scores import Profile
 
 COMMANDS = (
-    "inspect", "profile", "merge", "compare", "plan", "prune", "evaluate", "report", "card", "devices", "rpc-server", "demo", "hf profile",
+    "inspect", "profile", "merge", "compare", "plan", "prune", "evaluate", "report", "card", "convert", "quantize", "devices",
+    "rpc-server", "demo", "hf profile", "hf prune",
 )  # fmt: skip
 
 

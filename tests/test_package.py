@@ -32,6 +32,7 @@ PUBLIC = [
     "Progress",
     "PrunePlan",
     "PruneReport",
+    "QuantizeReport",
     "ReapError",
     "ReapWarning",
     "UnsupportedModelError",
@@ -39,6 +40,7 @@ PUBLIC = [
     "__version__",
     "compare",
     "comparison_report",
+    "convert",
     "evaluate",
     "inspect",
     "merge",
@@ -46,6 +48,7 @@ PUBLIC = [
     "plan",
     "profile",
     "prune",
+    "quantize",
     "report",
     "super_experts",
 ]
@@ -58,7 +61,7 @@ RANKS = [
     {"combining", "calibration", "planner", "checkpoint"},
     {"inspector", "profiler", "pruner", "heldout", "summaries"},
     {"sizing"},
-    {"evaluator", "html_report", "hf", "quantizer"},
+    {"evaluator", "html_report", "hf", "quantizer", "_quantizer_child"},
     {"cli"},
 ]
 SIBLINGS = {
@@ -181,7 +184,7 @@ NATIVE_RANKS = [
     {"errors"},
     {"saliency", "moe_graph", "tensor_read", "log_sink", "memory_guard"},
     {"router_mask"},
-    {"collector", "devices"},
+    {"collector", "devices", "quantizer"},
     {"session"},
     {"bindings"},
 ]

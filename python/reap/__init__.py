@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from reap.errors import UsageError as UsageError
     from reap.evaluator import Evaluation as Evaluation
     from reap.evaluator import evaluate as evaluate
+    from reap.hf.converter import convert as convert
     from reap.html_report.card import model_card as model_card
     from reap.html_report.comparison import comparison_report as comparison_report
     from reap.html_report.profile_report import report as report
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from reap.progress import Progress as Progress
     from reap.pruner import PruneReport as PruneReport
     from reap.pruner import prune as prune
+    from reap.quantizer import QuantizeReport as QuantizeReport
+    from reap.quantizer import quantize as quantize
     from reap.scores import METRICS as METRICS
     from reap.scores import Profile as Profile
 
@@ -65,6 +68,7 @@ _HOME = {
         "UsageError",
     ),
     "evaluator": ("Evaluation", "evaluate"),
+    "hf.converter": ("convert",),
     "html_report.card": ("model_card",),
     "html_report.comparison": ("comparison_report",),
     "html_report.profile_report": ("report",),
@@ -73,6 +77,7 @@ _HOME = {
     "profiler": ("profile",),
     "progress": ("Progress",),
     "pruner": ("PruneReport", "prune"),
+    "quantizer": ("QuantizeReport", "quantize"),
     "scores": ("METRICS", "Profile"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

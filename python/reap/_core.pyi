@@ -1,5 +1,6 @@
 """The native core: llama.cpp with a collector in its graph. Import it through `reap._native` only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,39 @@ def load_backends(folder: str) -> None:
 
 def serve_rpc(endpoint: str, threads: int) -> None:
     """Serve this machine's devices over llama.cpp's RPC protocol; returns only where that fails at once."""
+
+def quantize_types() -> dict[str, int]:
+    """Names that `QuantizeOptions.type` may have -> llama.cpp's number of the file type."""
+
+def tensor_types() -> list[str]:
+    """Names of ggml types that a tensor may be given."""
+
+def quantized_size(options: QuantizeOptions) -> float:
+    """Bytes of the output's tensors, exact to a hundredth of a MiB; writes nothing. Raises as `quantize`."""
+
+def quantize(options: QuantizeOptions, progress: Callable[[int, int], object]) -> None:
+    """Write `options.output`. progress: (tensors begun, tensors in all). Nothing stops it but the end of its process.
+
+    Raises `reap.errors.EngineError` with the end of llama.cpp's log, `reap.errors.UsageError` for a type it does not know.
+    """
+
+class QuantizeOptions:
+    """What a GGUF file becomes. Strings are empty and lists too where nothing was asked."""
+
+    input: str  # the first file of a split model
+    output: str
+    type: str  # a name of `quantize_types`
+    threads: int  # 0: as many as the machine has
+    allow_requantize: bool
+    pure: bool  # every matrix gets the type itself, and no mixture
+    quantize_output: bool
+    output_tensor_type: str  # a name of `tensor_types`
+    token_embedding_type: str
+    tensor_types: list[tuple[str, str]]  # (regular expression of names, ggml type)
+    metadata: list[tuple[str, str | int]]  # keys to add to the output
+    def __init__(self) -> None: ...
+    def set_imatrix(self, name: str, values: NDArray[np.float32]) -> None:
+        """The importance of each column of a weight: float32 [n_matrices * n_in]."""
 
 class SessionOptions:
     """What a `Session` is opened with; every field has the engine's own default where 0 or an empty value allows it."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from reap.cli import checkpoints, cutting, demonstration, measuring, reporting
+from reap.cli import checkpoints, converting, cutting, demonstration, measuring, reporting
 from reap.errors import Interrupted, ReapError
 from reap.version import version
 
@@ -99,6 +99,8 @@ for _command, _example in (
     (measuring.evaluate, "reap evaluate model.gguf heldout.txt --plan plan.json --loops"),
     (reporting.report, "reap report model.reap.json --plan plan.json --model model.gguf -o report.html"),
     (reporting.card, "reap card small.gguf --source model.gguf --profile model.reap.json -o MODEL_CARD.md"),
+    (converting.convert, "reap convert Qwen3-30B-A3B model-f16.gguf"),
+    (converting.quantize, "reap quantize model-f16.gguf model.gguf Q4_K_M --imatrix model.imatrix.gguf"),
     (measuring.devices, "reap devices"),
     (measuring.rpc_server, "reap rpc-server --port 50052"),
     (demonstration.demo, "reap demo --out reap-demo"),

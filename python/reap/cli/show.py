@@ -67,6 +67,11 @@ def say(text: str) -> None:
     console().print(text, soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """A line to stderr."""
+    Console(stderr=True, markup=False, highlight=False, emoji=False).print(text, soft_wrap=True)
+
+
 def number_text(value: float | None) -> str:
     """Four significant digits, a dash for what is undefined."""
     return "–" if value is None or math.isnan(value) else f"{value:.4g}"

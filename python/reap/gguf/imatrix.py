@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from reap.errors import FormatError, MismatchError
-from reap.gguf.reader import MAGIC, MAX_NAME_BYTES, MAX_TENSORS, GGUFFile, RegularFile, TensorInfo
+from reap.gguf.reader import INTEGER_TYPES, MAGIC, MAX_NAME_BYTES, MAX_TENSORS, GGUFFile, RegularFile, TensorInfo, ValueType
 from reap.gguf.writer import NewFile, NewTensor, Piece, RawFile, Span, Writable, edit_metadata, merge_spans
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -84,6 +84,28 @@ class Imatrix:
             if values != expected:
                 raise FormatError(f"{name} differs from the matrix's")
 
+    def values(self, name: str) -> tuple[bytes, bytes | int]:
+        """One weight's F32 sums, and its F32 counts; of the legacy form the number of calls."""
+        entry = self.entries[name]
+        if self.is_legacy:
+            (calls,) = _I32.unpack(self.file.read_range(entry.offset - 2 * _I32.size, _I32.size))
+            return self._numbers(entry.offset, entry.n_values), calls
+        return self._numbers(entry.offset, entry.n_values), self._numbers(entry.counts_offset, entry.n_counts)
+
+    def origin(self) -> tuple[str | None, int]:
+        """(first text that it was measured on, chunks of it) as the file says; None and 0 where it does not."""
+        return _gguf_origin(self.file) if isinstance(self.file, GGUFFile) else self._legacy_origin()
+
+    def _legacy_origin(self) -> tuple[str | None, int]:
+        """From the tail: chunks, the length of a name, the name."""
+        last = list(self.entries.values())[-1]
+        end = last.offset + last.n_values * _F32_BYTES
+        tail = self.file.read_range(end, min(self.file.size - end, 2 * _I32.size + MAX_NAME_BYTES))
+        chunks = _I32.unpack_from(tail)[0] if len(tail) >= _I32.size else 0
+        length = _I32.unpack_from(tail, 4)[0] if len(tail) >= 2 * _I32.size else 0
+        name = tail[8 : 8 + length] if 0 < length <= len(tail) - 8 else b""
+        return name.split(b"\0")[0].decode("utf-8", "replace") or None, chunks
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()
@@ -136,6 +158,12 @@ class Imatrix:
                 position = entry.offset + entry.n_values * _F32_BYTES
         pieces.append(Span(self.file, position, self.file.size - position))
         return RawFile(merge_spans(piece for piece in pieces if not isinstance(piece, Span) or piece.n_bytes))
+
+
+def _gguf_origin(file: GGUFFile) -> tuple[str | None, int]:
+    datasets, chunks = file.metadata.get("imatrix.datasets"), file.metadata.get("imatrix.chunk_count")
+    names = datasets.value if datasets is not None and datasets.array_type == ValueType.STRING else []
+    return (names[0] if names else None), (int(chunks.value) if chunks is not None and chunks.type in INTEGER_TYPES else 0)
 
 
 def _cut(file: RegularFile, offset: int, n_bytes: int, experts: Experts) -> Iterator[Piece]:

@@ -303,6 +303,19 @@ def write_set(
         _publish_set([output for output, _ in files], temporaries, force=force)
 
 
+@contextmanager
+def written_elsewhere(output: Path, *, force: bool = False) -> Iterator[Path]:
+    """The path of an empty file beside `output` for somebody else to write, which takes its place when the block ends well.
+
+    Raises as `write_set`; no temporary file stays behind.
+    """
+    with _explained(output), _temporary(_real(output)) as (fd, temporary):
+        yield temporary
+        os.fsync(fd)
+        _publish(temporary, _real(output), force=force)
+        _sync_directory(_real(output).parent)
+
+
 def _publish_set(outputs: Sequence[Path], temporaries: Sequence[Path], *, force: bool) -> None:
     first, published = _real(outputs[0]), list[Path]()
     with _explained(outputs[0]), _directory_lock(first.parent, needed=len(outputs) > 1):

@@ -79,6 +79,9 @@ def convert_checkpoint(
     return target
 
 
+convert = convert_checkpoint  # as `reap` calls it
+
+
 def find_converter(converter: str | os.PathLike[str] | None = None) -> Path:
     """The directory of the converter's script: the argument, else the environment's, else the one installed with reap."""
     asked = converter if converter is not None else os.environ.get(SOURCE_VARIABLE) or None
