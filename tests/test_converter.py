@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint_builder import build, config, qwen
 from reap.errors import EngineError, MissingExtraError, UsageError
 from reap.hf import convert_checkpoint, converter
 
@@ -22,7 +24,12 @@ class AutoTokenizer(AutoConfig):
     pass
 """
 BASE = """
-class TextModel:
+from transformers import AutoConfig
+
+class ModelBase:
+    no_mtp = False
+
+class TextModel(ModelBase):
     def get_vocab_base_pre(self, tokenizer):
         return "from the table"
 """
@@ -96,6 +103,40 @@ def test_conversion(tmp_path: Path, checkpoint: Path, out: Path) -> None:
         "__main__",
     ]
     assert lines == ["INFO:hf-to-gguf:Loading model"]
+
+
+CONFIG = """
+import json
+from conversion import base
+class Read(dict):
+    def to_dict(self):
+        return dict(self)
+AutoConfig.from_pretrained = classmethod(lambda cls, path, **options: Read(
+    {"kinds": ["renamed"], "added": 1, "nested": {"a": 1, "b": 2}, "absent": 3}))
+open(outfile, "w").write(json.dumps([base.AutoConfig.from_pretrained(source).to_dict(), base.TextModel.no_mtp]))
+"""
+
+
+def test_published_entries_win_over_those_that_transformers_makes_of_them(tmp_path: Path, checkpoint: Path, out: Path) -> None:
+    published = {"kinds": ["published"], "nested": {"b": 4, "c": 5}, "absent": None}
+    (checkpoint / "config.json").write_text(json.dumps(published))
+    tree = make_tree(tmp_path / "tree", CONFIG)
+    written = convert_checkpoint(checkpoint, out / "a.gguf", converter=tree)
+    expected = {"kinds": ["published"], "added": 1, "nested": {"a": 1, "b": 4, "c": 5}, "absent": 3}
+    assert json.loads(written.read_text()) == [expected, False]
+
+
+def test_prediction_layers_are_expected_only_where_there_are_some(tmp_path: Path, out: Path) -> None:
+    tree = make_tree(tmp_path / "tree", CONFIG)
+    build(tmp_path / "without", qwen(), config())
+    build(tmp_path / "with", {**qwen(), "mtp.fc.weight": ("BF16", (2, 2))}, config())
+    build(tmp_path / "behind", qwen((0, 1, 2)), config())
+    found = {}
+    for name in ("without", "with", "behind"):
+        found[name] = json.loads(convert_checkpoint(tmp_path / name, out / name, converter=tree).read_text())[1]
+    assert found == {"without": True, "with": False, "behind": False}
+    asked = convert_checkpoint(tmp_path / "with", out / "asked", converter=tree, prediction=False)
+    assert json.loads(asked.read_text())[1] is True
 
 
 def test_without_pre_and_with_trust(tmp_path: Path, checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def test_what_is_refused_before_anything_runs(model: Path, tmp_path: Path, monke
 
 
 def test_the_engine_s_own_refusal_is_quoted(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="importance matrix|imatrix") as raised:
+    with pytest.raises(EngineError, match="requires an importance matrix") as raised:
         reap.quantize(model, tmp_path / "q.gguf", "IQ2_XXS")
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []

@@ -28,6 +28,7 @@ def convert(
     converter: Annotated[
         Path | None, typer.Option("--converter", metavar="DIR", help="A llama.cpp source tree to take the converter from.")
     ] = None,
+    no_mtp: Annotated[bool, typer.Option("--no-mtp", help="Leave prediction (MTP) layers out.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")] = False,
     force: Force = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what the converter says.")] = False,
@@ -40,6 +41,7 @@ def convert(
         outtype=outtype,
         pre=pre,
         converter=converter,
+        prediction=not no_mtp,
         trust_remote_code=trust_remote_code,
         force=force,
         log=warn if verbose else None,

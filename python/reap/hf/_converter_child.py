@@ -1,12 +1,13 @@
 """Run inside the child process of `reap.hf.converter`: prepares llama.cpp's converter, then hands over to it. Imports nothing of reap's.
 
-python _converter_child.py --tree DIR [--pre NAME] [--trust-remote-code] -- ARGUMENTS OF THE CONVERTER
+python _converter_child.py --tree DIR [--pre NAME] [--no-prediction] [--trust-remote-code] -- ARGUMENTS OF THE CONVERTER
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -30,6 +31,47 @@ def _without_remote_code(original: Any) -> Any:
     return from_pretrained
 
 
+def keep_published_names() -> None:
+    """Let config.json's own entries win over those that transformers makes of them (`ModelBase.load_hparams`).
+
+    transformers renames entries of some models as it reads them (Step-3.5, Granite hybrid), and the converter knows the published names.
+    What transformers adds, such as defaults, stays.
+    """
+    base = importlib.import_module("conversion.base")
+    original = base.AutoConfig
+
+    class AutoConfig:
+        @staticmethod
+        def from_pretrained(directory: Any, **options: Any) -> Any:
+            return _Merged(original.from_pretrained(directory, **options).to_dict(), Path(directory) / "config.json")
+
+    base.AutoConfig = AutoConfig
+
+
+class _Merged:
+    def __init__(self, read: dict[str, Any], path: Path) -> None:
+        self.read, self.path = read, path
+
+    def to_dict(self) -> dict[str, Any]:
+        return _overlay(self.read, json.loads(self.path.read_text(encoding="utf-8")))
+
+
+def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`under` with the entries of `over`, nulls left out, inside nested objects too."""
+    result = dict(under)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _overlay(result[key], value)
+        elif value is not None:
+            result[key] = value
+    return result
+
+
+def leave_prediction_out() -> None:
+    """As the converter's --no-mtp, which it refuses for models that never have prediction layers."""
+    importlib.import_module("conversion.base").ModelBase.no_mtp = True
+
+
 def set_pre_tokenizer(name: str) -> None:
     """Answer the question that the converter answers from a table of hashes (`TextModel.get_vocab_base_pre`)."""
     base = importlib.import_module("conversion.base")
@@ -40,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tree", type=Path, required=True)
     parser.add_argument("--pre")
+    parser.add_argument("--no-prediction", action="store_true")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("arguments", nargs="+")
     options = parser.parse_args()
@@ -49,6 +92,9 @@ def main() -> None:
     sys.path.insert(1, str(options.tree / "gguf-py"))
     if not options.trust_remote_code:
         refuse_remote_code()
+    keep_published_names()
+    if options.no_prediction:
+        leave_prediction_out()
     if options.pre is not None:
         set_pre_tokenizer(options.pre)
     script = str(options.tree / "convert_hf_to_gguf.py")

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import reap
-from reap.errors import EngineError, MissingExtraError, OutputError, UsageError
+from reap.errors import EngineError, MissingExtraError, OutputError, ReapError, UsageError
 from reap.gguf.writer import check_output
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
@@ -40,6 +40,7 @@ def convert_checkpoint(
     outtype: str = "f16",
     pre: str | None = None,
     converter: str | os.PathLike[str] | None = None,
+    prediction: bool = True,
     trust_remote_code: bool = False,
     force: bool = False,
     log: Callable[[str], None] | None = None,
@@ -51,8 +52,8 @@ def convert_checkpoint(
     tokenizers by a hash and refuses all others; with `pre` it takes your word for it, and the name's expression must be the
     tokenizer's own, or the file splits text differently from the checkpoint.
     `converter`: a llama.cpp source tree to take the converter from; default the environment's REAP_LLAMA_CPP_SOURCE, then the one
-    installed with reap. `trust_remote_code`: let Python code inside the checkpoint run. `force`: replace an output that exists.
-    `log` receives the converter's lines.
+    installed with reap. `prediction`: convert prediction (MTP) layers, too, where the checkpoint has some. `trust_remote_code`: let
+    Python code inside the checkpoint run. `force`: replace an output that exists. `log` receives the converter's lines.
 
     Raises UsageError for a directory, output or option that cannot work, MissingExtraError without torch, transformers or a
     converter, EngineError with the end of the converter's log when it fails.
@@ -67,6 +68,7 @@ def convert_checkpoint(
     part = real.parent / f".reap-convert-{os.getpid()}-{secrets.token_hex(4)}.gguf"
     command = [sys.executable, str(Path(__file__).with_name("_converter_child.py")), "--tree", str(tree)]
     command += ["--pre", pre] if pre is not None else []
+    command += ["--no-prediction"] if not prediction or _has_no_prediction(source) else []
     command += ["--trust-remote-code"] if trust_remote_code else []
     command += ["--", str(source.resolve()), "--outfile", part.name, "--outtype", outtype]
     try:
@@ -108,6 +110,20 @@ def _check_call(source: Path, outtype: str, pre: str | None) -> None:
         raise UsageError(f"{source}: no directory, where a Hugging Face checkpoint was expected")
     if not (source / "config.json").is_file():
         raise UsageError(f"{source}: no Hugging Face checkpoint, it has no config.json")
+
+
+def _has_no_prediction(source: Path) -> bool:
+    """Whether no tensor belongs to a prediction layer, which the converter takes for granted in some families."""
+    from reap.hf.checkpoint_files import Checkpoint  # which takes numpy along
+    from reap.hf.checkpoint_layout import checkpoint_layers, is_of_prediction
+    from reap.jsonfile import LAYER_LIMIT
+
+    try:
+        with Checkpoint.open(source) as checkpoint:
+            n_layers = checkpoint_layers(checkpoint) or LAYER_LIMIT
+            return not any(is_of_prediction(tensor.name, n_layers) for tensor in checkpoint.tensors)
+    except ReapError:  # pickles, for example; the converter will say what it thinks of them
+        return False
 
 
 def _check_extra() -> None:
