@@ -43,8 +43,11 @@ if TYPE_CHECKING:
     from reap.progress import Progress as Progress
     from reap.pruner import PruneReport as PruneReport
     from reap.pruner import prune as prune
+    from reap.refiner import refine as refine
     from reap.scores import METRICS as METRICS
     from reap.scores import Profile as Profile
+    from reap.sweep_table import Sweep as Sweep
+    from reap.sweeper import sweep as sweep
 
     __version__: str
 
@@ -73,7 +76,10 @@ _HOME = {
     "profiler": ("profile",),
     "progress": ("Progress",),
     "pruner": ("PruneReport", "prune"),
+    "refiner": ("refine",),
     "scores": ("METRICS", "Profile"),
+    "sweep_table": ("Sweep",),
+    "sweeper": ("sweep",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
