@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 import reap
+from reap import evaluator
 from reap.cli import main
+from reap.engine import open_session
 from reap.errors import Interrupted, MismatchError, ReapWarning, UsageError
 
 DATA = Path(__file__).parent.parent / "python" / "reap" / "data"
@@ -87,6 +89,14 @@ def test_the_best_at_each_size(table: reap.Sweep) -> None:
     assert table.text["domains"] == ["python", "c"]
     assert table.model["n_experts"] == 32
     assert len(table.text["sha256"]) == 2
+
+
+def test_the_weights_are_loaded_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(evaluator, "open_session", lambda *args, **more: opened.append(args) or open_session(*args, **more))
+    found = reap.sweep(MODEL, work / "profile.json", work / "c.txt", keep=[0.5, 8], metric=["reap", "frequency"], **OPTIONS)
+    assert len(found.rows) == 5
+    assert len(opened) == 1
 
 
 def test_limits(work: Path) -> None:
@@ -200,13 +210,13 @@ def test_ctrl_c_keeps_the_rows(work: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def refined(work: Path) -> reap.PrunePlan:
-    return reap.refine(MODEL, work / "profile.json", work / "calibration.jsonl", keep=16, seconds=600, max_passes=4, **OPTIONS)
+    return reap.refine(MODEL, work / "profile.json", work / "calibration.jsonl", keep=16, seconds=600, max_passes=14, **OPTIONS)
 
 
 def test_a_refined_plan(work: Path, refined: reap.PrunePlan) -> None:
     record = refined.options["refined"]
     assert refined.metric == f"{record['start'].split(',')[0]}+refined"
-    assert record["passes"] >= 4
+    assert record["passes"] >= 14
     assert record["experts_tried"] > 0
     assert record["kl_after"] <= record["kl_before"]
     assert all(len(kept) == 16 for kept in refined.layers.values())
@@ -216,7 +226,7 @@ def test_a_refined_plan(work: Path, refined: reap.PrunePlan) -> None:
     judged = reap.evaluate(MODEL, work / "calibration.jsonl", plan=refined, **OPTIONS)
     assert record["perplexity_after"] == pytest.approx(judged.perplexity, rel=1e-9)
     assert refined.calibration["files"][-1] == str(work / "calibration.jsonl")
-    again = reap.refine(MODEL, work / "profile.json", work / "calibration.jsonl", keep=16, seconds=600, max_passes=4, **OPTIONS)
+    again = reap.refine(MODEL, work / "profile.json", work / "calibration.jsonl", keep=16, seconds=600, max_passes=14, **OPTIONS)
     assert again.layers == refined.layers
 
 
