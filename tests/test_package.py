@@ -35,6 +35,7 @@ PUBLIC = [
     "QuantizeReport",
     "ReapError",
     "ReapWarning",
+    "Sweep",
     "UnsupportedModelError",
     "UsageError",
     "__version__",
@@ -49,19 +50,22 @@ PUBLIC = [
     "profile",
     "prune",
     "quantize",
+    "refine",
     "report",
     "super_experts",
+    "sweep",
 ]
 
 # Each module may import those of lower ranks, and of its own rank those named in SIBLINGS.
 RANKS = [
     {"errors", "progress", "version", "wording", "_native", "jsonfile"},
-    {"gguf", "ranking", "engine", "agreement", "loops", "memory"},
+    {"gguf", "ranking", "engine", "agreement", "loops", "memory", "overlap", "pairing"},
     {"scores", "chat", "samples"},
-    {"combining", "calibration", "planner", "checkpoint"},
+    {"combining", "calibration", "planner", "checkpoint", "sweep_table"},
     {"inspector", "profiler", "pruner", "heldout", "summaries"},
     {"sizing"},
     {"evaluator", "html_report", "hf", "quantizer", "_quantizer_child"},
+    {"sweeper", "refiner"},
     {"cli"},
 ]
 SIBLINGS = {
@@ -74,7 +78,7 @@ SIBLINGS = {
     ("scores", "html_report"),  # upwards: Profile.plot, when it is called
 }
 PURE = {"scores", "combining", "ranking", "planner", "pruner", "inspector", "gguf", "jsonfile", "samples", "chat", "calibration"}
-PURE |= {"summaries", "sizing", "memory", "wording", "html_report"}
+PURE |= {"summaries", "sizing", "memory", "wording", "html_report", "overlap", "pairing", "sweep_table"}
 
 
 def test_public_names() -> None:
@@ -107,7 +111,7 @@ def test_import_is_lazy() -> None:
     assert "numpy" not in modules_after("import reap; reap.UsageError")
 
 
-@pytest.mark.parametrize("name", ["Profile", "merge", "plan", "prune", "inspect", "report", "comparison_report", "model_card"])
+@pytest.mark.parametrize("name", ["Profile", "merge", "plan", "prune", "inspect", "report", "Sweep", "comparison_report", "model_card"])
 def test_half_of_it_never_loads_the_native_module(name: str) -> None:
     assert "reap._core" not in modules_after(f"import reap; reap.{name}")
 

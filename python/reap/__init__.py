@@ -46,8 +46,11 @@ if TYPE_CHECKING:
     from reap.pruner import prune as prune
     from reap.quantizer import QuantizeReport as QuantizeReport
     from reap.quantizer import quantize as quantize
+    from reap.refiner import refine as refine
     from reap.scores import METRICS as METRICS
     from reap.scores import Profile as Profile
+    from reap.sweep_table import Sweep as Sweep
+    from reap.sweeper import sweep as sweep
 
     __version__: str
 
@@ -78,7 +81,10 @@ _HOME = {
     "progress": ("Progress",),
     "pruner": ("PruneReport", "prune"),
     "quantizer": ("QuantizeReport", "quantize"),
+    "refiner": ("refine",),
     "scores": ("METRICS", "Profile"),
+    "sweep_table": ("Sweep",),
+    "sweeper": ("sweep",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from reap.chat import ChatTemplate, Span, shared_length
 from reap.errors import CalibrationError, UsageError
+from reap.overlap import Sketch
 from reap.samples import Sample, SampleReader, Source
 
 MASKS = ("all", "response")
@@ -107,6 +108,7 @@ class Calibration:
         self.skipped = 0
         self._units = 0
         self._skipped_lines: list[str] = []
+        self._sketch = Sketch()
         self._domains: set[str] = set()
 
     @property
@@ -177,6 +179,7 @@ class Calibration:
             self.tokens += len(cut.tokens)
             self.counted_tokens += int(cut.counted.sum())
             self.n_windows += 1
+            self._sketch.add(cut.tokens)
             yield cut
             if self._is_full():
                 return
@@ -211,6 +214,7 @@ class Calibration:
             "mask": self.mask,
             "parse_special": self.parse_special,
             "max_tokens": self.max_tokens,
+            "sketch": self._sketch.to_dict(),
         }
 
 

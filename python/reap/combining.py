@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from reap.errors import MismatchError, ReapWarning, UsageError
+from reap.overlap import merge_sketches
 from reap.ranking import Keep, resolve_keep, select_experts
 from reap.scores import SUMS, Floats, Profile, as_arrays, span
 
@@ -94,6 +95,8 @@ def _merge_calibrations(records: list[dict[str, Any]]) -> dict[str, Any]:
             merged[key] = [item for value in values for item in value]
         elif key in ("samples", "tokens", "counted_tokens", "windows"):
             merged[key] = sum(values)
+        elif key == "sketch":
+            merged[key] = merge_sketches(values)
         elif len(values) == len(records) and all(value == values[0] for value in values):
             merged[key] = values[0]
     return merged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -142,6 +142,16 @@ class Judge:
         predicted = [self._predict(window, expected) for window, expected in zip(self._windows(progress), reference.windows, strict=True)]
         return measure(predicted, reference.windows)
 
+    def try_experts(self, kept: Mapping[int, Sequence[int]], windows: Sequence[int]) -> Measurement:
+        """What is found in some windows (their numbers) with the experts `kept` by layer, beside this model as it is.
+
+        For a search that tries single experts: their number may differ between layers, which no file could have.
+        """
+        reference = self.reference()
+        self._set_kept(kept)
+        expected = [reference.windows[index] for index in windows]
+        return measure([self._predict(self.text.windows[index], theirs) for index, theirs in zip(windows, expected, strict=True)], expected)
+
     def score(
         self, plan: PrunePlan | None = None, *, reference: Reference | None = None, progress: ProgressCallback | None = None
     ) -> Evaluation:
@@ -206,8 +216,11 @@ class Judge:
             self._session.set_kept(None)
             return
         check_plan(self.info, plan)
+        self._set_kept(plan.layers)
+
+    def _set_kept(self, layers: Mapping[int, Sequence[int]]) -> None:
         n_trunk_layers = self.info.n_layers - self.info.n_prediction_layers  # a prediction block does not run here
-        self._session.set_kept({layer: list(kept) for layer, kept in plan.layers.items() if layer < n_trunk_layers})
+        self._session.set_kept({layer: list(kept) for layer, kept in layers.items() if layer < n_trunk_layers})
 
     def _check_reference(self, reference: Reference | None) -> None:
         if reference is None:

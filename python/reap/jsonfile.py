@@ -78,6 +78,20 @@ class Node:
             self.fail(f"should be a string, found {kind_of(self.value)}")
         return self.value
 
+    def number(self) -> float:
+        """A finite number of either sign."""
+        if type(self.value) not in (int, float):
+            self.fail(f"should be a number, found {kind_of(self.value)}")
+        try:
+            return float(self.value)  # type: ignore[arg-type]
+        except OverflowError:
+            self.fail("is a number that is too large")
+
+    def flag(self) -> bool:
+        if not isinstance(self.value, bool):
+            self.fail(f"should be true or false, found {kind_of(self.value)}")
+        return self.value
+
     def integers(self, length: int | None = None) -> NDArray[np.int64]:
         """int64 [length], each at least 0."""
         return self._array(length, np.int64, "an integer", lambda value: type(value) is int)

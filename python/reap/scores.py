@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from reap.errors import FormatError, ReapWarning, UsageError
 from reap.jsonfile import EXPERT_LIMIT, LARGE_VARIABLE, LAYER_LIMIT, Node, read_json, too_many, write_json
+from reap.overlap import read_sketch
 
 if TYPE_CHECKING:
     from reap.planner import PrunePlan
@@ -386,6 +387,8 @@ def check_calibration(record: Node) -> None:
     for key in ("samples", "tokens", "counted_tokens", "windows", "skipped"):
         if key in record:
             record[key].integer(0, MOST_TOKENS)
+    if "sketch" in record:
+        read_sketch(record["sketch"])
 
 
 def layer_nodes(layers: Node) -> dict[int, Node]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from reap.cli import checkpoints, converting, cutting, demonstration, measuring, reporting
+from reap.cli import checkpoints, converting, cutting, demonstration, measuring, reporting, sweeping
 from reap.errors import Interrupted, ReapError
 from reap.version import version
 
@@ -97,6 +97,7 @@ for _command, _example in (
     (cutting.plan, "reap plan model.reap.json --keep 0.5 -o plan.json"),
     (cutting.prune, "reap prune model.gguf --plan plan.json -o small.gguf"),
     (measuring.evaluate, "reap evaluate model.gguf heldout.txt --plan plan.json --loops"),
+    (sweeping.sweep, "reap sweep model.gguf model.reap.json heldout.txt --keep 0.75,0.5 --metric reap,frequency,random -o sweep.json"),
     (reporting.report, "reap report model.reap.json --plan plan.json --model model.gguf -o report.html"),
     (reporting.card, "reap card small.gguf --source model.gguf --profile model.reap.json -o MODEL_CARD.md"),
     (converting.convert, "reap convert Qwen3-30B-A3B model-f16.gguf"),

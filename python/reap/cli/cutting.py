@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import reap
-from reap.cli.options import Json, KeepText, Metric, Protect, Seed, check_output, parse_keep
+from reap.cli.options import (
+    BLEND,
+    METRIC_HELP,
+    Json,
+    KeepText,
+    Protect,
+    Seed,
+    SuperExperts,
+    check_output,
+    parse_keep,
+    parse_time,
+    with_engine_options,
+)
 from reap.cli.show import bytes_text, print_facts, print_json, progress_bar
 from reap.cli.summary import fit_facts, plan_facts, plan_figures
 from reap.errors import UsageError
@@ -62,31 +74,68 @@ def _shorten(value: object, width: int = 100) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+@with_engine_options(ctx_size=512)
 def plan(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it.")],
     keep: KeepText,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
-    metric: Metric = "reap",
+    metric: Annotated[str | None, typer.Option("--metric", help=METRIC_HELP)] = None,
     protect: Protect = None,
-    super_experts: Annotated[bool, typer.Option("--super-experts", help="Protect experts with an outlying output as well.")] = False,
-    blend: Annotated[
-        str, typer.Option("--blend", metavar="sum|maxmin", help="All tokens together, or the worst-served domain first.")
-    ] = "sum",
+    super_experts: SuperExperts = False,
+    blend: Annotated[str | None, BLEND] = None,
     seed: Seed = 0,
-    model: Annotated[Path | None, typer.Option("--model", metavar="MODEL", help="A GGUF file to say the exact size for.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="MODEL", help="A GGUF file: for its exact size, and for --refine.")
+    ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option("--refine", metavar="TIME", help="Try experts near the cut on --model and --text for so long: 90s, 10m, 1.5h."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", metavar="TEXT", help="Calibration text for --refine, not the text to judge on.")
+    ] = None,
     json: Json = False,
+    *,
+    engine: dict[str, Any],
 ) -> None:
-    """Choose the experts that each layer keeps."""
+    """Choose the experts that each layer keeps.
+
+    With --refine the choice begins with the criterion that does best on --text (or with --metric) and is improved by what the loss says;
+    the engine's options are for that.
+    """
     if output is not None:
-        check_output(output, profile)
+        check_output(output, profile, *(path for path in (model, *(text or ())) if path is not None))
     measured = reap.Profile.load(profile)
-    made = reap.plan(
-        measured, keep=parse_keep(keep), metric=metric, protect=protect or (), blend=blend, seed=seed, protect_super_experts=super_experts
-    )
+    chosen: dict[str, Any] = {
+        "keep": parse_keep(keep),
+        "protect": protect or (),
+        "seed": seed,
+        "protect_super_experts": super_experts,
+    }
+    if refine is not None:
+        if model is None or not text:
+            raise UsageError("--refine needs --model MODEL, which is run, and --text TEXT, calibration text to run it on")
+        with progress_bar("refining") as progress:
+            made = reap.refine(
+                model,
+                measured,
+                text,
+                seconds=parse_time(refine),
+                metric=metric,
+                blend=blend,
+                output=output,
+                progress=progress,
+                **chosen,
+                **engine,
+            )
+    elif text:
+        raise UsageError("--text is for --refine TIME")
+    else:
+        made = reap.plan(measured, metric=metric or "reap", blend=blend or "sum", **chosen)
     from reap.pruner import size_after
 
     sizes = None if model is None else (reap.inspect(model).n_bytes, size_after(model, made))
-    if output is not None:
+    if output is not None and refine is None:
         made.save(output)
     if json:
         figures = plan_figures(measured, made) | ({"n_bytes_before": sizes[0], "n_bytes_after": sizes[1]} if sizes else {})
@@ -104,9 +153,26 @@ def _plan_facts(made: PrunePlan, output: Path | None, sizes: tuple[int, int] | N
         ("keeps", f"{made.keep} of {made.n_experts} experts in each of {len(made.layers)} layers, by {made.metric}"),
         ("protected", ", ".join(f"{layer}:{expert}" for layer, ids in protected.items() for expert in ids) or None),
         ("super experts", _super_experts_text(made)),
+        *_refinement_facts(made.options.get("refined")),
         ("size", size),
         ("fits in", describe_fit(sizes[1]) if sizes else None),
         ("note", router_warning(made.keep, made.n_experts)),
+    ]
+
+
+def _refinement_facts(record: dict[str, Any] | None) -> list[tuple[str, object]]:
+    if record is None:
+        return []
+    done = (
+        f"{record['experts_tried']} experts tried, {record['experts_exchanged']} exchanged in {record['passes']:.1f} passes over the text, "
+        f"{record['seconds']:.0f} s"
+    )
+    measured = [(f"{what}", f"{record[f'{key}_before']:.4g} at first, {record[f'{key}_after']:.4g} now, on the text it was fitted to")
+                for key, what in (("kl", "divergence"), ("perplexity", "perplexity"))]  # fmt: skip
+    return [
+        ("refined", f"from {record['start']}: {done}"),
+        *measured,
+        ("next", "judge it on other text: reap sweep --plan, reap evaluate --plan"),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
     from reap.ranking import Keep
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Metric = Annotated[str, typer.Option("--metric", help="Score to rank experts by: reap, weighted_ean_sum, ean_sum, ean_mean, frequency, "
-                                     "gate_sum, reap_l2, random.")]  # fmt: skip
+METRIC_HELP = "Score to rank experts by: reap, weighted_ean_sum, ean_sum, ean_mean, frequency, gate_sum, reap_l2, random."
+Metric = Annotated[str, typer.Option("--metric", help=METRIC_HELP)]
 KeepText = Annotated[str, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep: 0.5 is half of them, 64 is 64 of them.")]
 Protect = Annotated[list[str] | None, typer.Option("--protect", metavar="LAYER:ID,...", help="Experts to keep whatever their score.")]
+SuperExperts = Annotated[bool, typer.Option("--super-experts", help="Protect experts with an outlying output as well.")]
+BLEND = typer.Option("--blend", metavar="sum|maxmin", help="All tokens together, or the worst-served domain first; sum by default.")
+Blend = Annotated[str, BLEND]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the metric random.")]
 
 
@@ -29,6 +33,18 @@ def parse_keep(text: str) -> Keep:
         return float(text) if "." in text else int(text)
     except ValueError:
         raise UsageError(f"--keep should be a number of experts (64) or a fraction with a point (0.5), found {text!r}") from None
+
+
+_TIME = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([smh]?)", re.ASCII)
+
+
+def parse_time(text: str) -> float:
+    """Seconds: 90, 90s, 10m, 1.5h."""
+    match = _TIME.fullmatch(text.strip())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise UsageError(f"{text!r} is no time such as 90s, 10m or 1.5h")
+    return seconds
 
 
 def split_list(values: Sequence[str] | None) -> list[str]:

@@ -85,7 +85,7 @@ def percent_text(share: float | None) -> str:
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         unit = task.fields["unit"]
-        if not task.speed:
+        if not task.speed or unit == "seconds":
             return Text("")
         speed = f"{bytes_text(int(task.speed))}/s" if unit == "bytes" else f"{task.speed:,.0f} {unit}/s"
         return Text(speed, style="progress.data.speed")

@@ -1,0 +1,182 @@
+"""sweep: the table, the curve, and the best criterion for each size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import reap
+from reap.cli.options import Blend, Json, Protect, SuperExperts, check_output, parse_keep, split_list, with_engine_options
+from reap.cli.show import bytes_text, console, number_text, print_json, print_table, progress_bar, say
+
+if TYPE_CHECKING:
+    from reap.sweep_table import Sweep, SweepRow, Verdict
+
+MARKS = "oxv+#*%@&$"
+CURVE_HEIGHT = 14
+CURVE_WIDTH = 64
+
+
+@with_engine_options(ctx_size=512)
+def sweep(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it.")],
+    text: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Held-out text; of several files each is a domain.")],
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="N|FRACTION,...", help="Experts to keep; 0.75,0.5,0.25 by default.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="NAME,...", help="Scores to compare; reap,frequency,weighted_ean_sum,random by default."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Selections of the metric random.")] = 1,
+    plan: Annotated[
+        list[Path] | None, typer.Option("--plan", metavar="PLAN.json", help="A plan to judge as well; may be repeated.")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option("--target-size", metavar="N[K|M|G|T]", help="Also find what fits: the most experts in so many bytes.")
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option("--max-ppl-increase", metavar="5%", help="Also find the fewest experts at which perplexity rises no more.")
+    ] = None,
+    protect: Protect = None,
+    super_experts: SuperExperts = False,
+    blend: Blend = "sum",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; holds the rows so far while it runs.")] = None,
+    json: Json = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Judge many sizes and criteria on held-out text, without writing a model; the weights are loaded once."""
+    if output is not None:
+        check_output(output, model, profile, *text, *(plan or ()))
+    with progress_bar("sweeping") as progress:
+        table = reap.sweep(
+            model,
+            profile,
+            text,
+            keep=[parse_keep(item) for item in split_list(keep)] or None,
+            metric=split_list(metric) or None,
+            seeds=seeds,
+            plans=plan or (),
+            target_size=target_size,
+            max_ppl_increase=max_ppl_increase,
+            protect=protect or (),
+            protect_super_experts=super_experts,
+            blend=blend,
+            output=output,
+            progress=progress,
+            **engine,
+        )
+    if json:
+        return print_json(table.to_dict())
+    print_sweep(table)
+    if output is not None:
+        say(f"\nThe table is in {output}.")
+
+
+def print_sweep(table: Sweep) -> None:
+    """Table, curve and verdicts."""
+    print_table(
+        ["by", "experts", "size", "perplexity", "", "rises by", "KL", "top-1"],
+        [_cells(row, table.baseline.bytes) for row in table.select()],
+    )
+    if table.domains:
+        by_candidate = zip(*(table.select(domain=domain) for domain in table.domains), strict=True)
+        rows = [(_name(row[0]), row[0].keep, *(f"{number_text(part.perplexity)} {_rise(part)}" for part in row)) for row in by_candidate]
+        print_table(["by", "experts", *table.domains], rows, title="perplexity on each domain, and its rise")
+    say("")
+    console().print("\n".join(curve(table)), soft_wrap=True)
+    say("")
+    for line in (*verdict_lines(table), *target_lines(table)):
+        say(line)
+    say(
+        "\nPerplexity ± its standard error. The rise is against the model with all experts, on the same tokens, so its error is smaller. "
+        "KL: how far the predictions are from that model's, in nats a token; top-1: how often both hold the same token most probable."
+    )
+
+
+def _name(row: SweepRow) -> str:
+    return row.metric if row.seed is None else f"{row.metric} (seed {row.seed})"
+
+
+def _rise(row: SweepRow) -> str:
+    if row.metric == "baseline":
+        return ""
+    ratio = math.exp(min(row.loss_increase, 700))
+    return f"{ratio - 1:+.1%} ± {ratio * row.loss_increase_stderr:.1%}"
+
+
+def _cells(row: SweepRow, n_bytes: int) -> Sequence[str]:
+    return (
+        _name(row),
+        str(row.keep),
+        f"{bytes_text(row.bytes)} ({row.bytes / max(n_bytes, 1):.0%})",
+        number_text(row.perplexity),
+        f"± {number_text(row.stderr)}",
+        _rise(row),
+        number_text(row.kl_mean),
+        f"{row.top1:.1%}",
+    )
+
+
+def verdict_lines(table: Sweep) -> Iterator[str]:
+    """One sentence for each size, on all of the text and on each domain."""
+    for keep in table.best():
+        for domain in (None, *table.domains):
+            verdict = table.best(domain).get(keep)
+            if verdict is not None:
+                yield _verdict_line(verdict)
+
+
+def _verdict_line(verdict: Verdict) -> str:
+    where = "" if verdict.domain is None else f" on {verdict.domain}"
+    ratio = math.exp(min(verdict.margin, 700))
+    numbers = f"with {verdict.runner_up}, the next, perplexity is {ratio - 1:.2%} ± {ratio * verdict.spread:.2%} higher"
+    if verdict.clear:
+        return f"{verdict.keep} experts{where}: {verdict.metric} is best; {numbers}."
+    return f"{verdict.keep} experts{where}: no clear winner; {verdict.metric} comes first, but {numbers}, which may be chance."
+
+
+def target_lines(table: Sweep) -> Iterator[str]:
+    """What each limit allows, one sentence for each criterion."""
+    for target in table.targets:
+        what = f"{target.keep} experts by {target.metric}: {bytes_text(target.bytes)} ({target.bytes:,} bytes)"
+        if target.kind == "size":
+            yield f"Within {bytes_text(int(target.limit))}: {what}, perplexity {number_text(target.perplexity)}."
+        else:
+            yield f"Perplexity at most {100 * target.limit:g} % higher: {what}, perplexity {number_text(target.perplexity)}."
+
+
+# ---- the curve
+
+
+def curve(table: Sweep, width: int = CURVE_WIDTH, height: int = CURVE_HEIGHT) -> list[str]:
+    """Perplexity (logarithmic) against size in plain characters, a mark for each criterion; "=" is the model as it is."""
+    rows = [row for row in table.select() if math.isfinite(row.perplexity) and row.perplexity > 0]
+    marks = {metric: MARKS[index % len(MARKS)] for index, metric in enumerate(table.metrics)} | {"baseline": "="}
+    sizes = [row.bytes for row in rows]
+    heights = [math.log(row.perplexity) for row in rows]
+    low, high = min(heights), max(heights)
+    grid = [[" "] * width for _ in range(height)]
+    for row, value in sorted(zip(rows, heights, strict=True), key=lambda item: item[1], reverse=True):
+        x = round((row.bytes - min(sizes)) / max(max(sizes) - min(sizes), 1) * (width - 1))
+        y = round((high - value) / max(high - low, 1e-9) * (height - 1))
+        grid[y][x] = marks[row.metric]
+    labels = [
+        number_text(math.exp(high - (high - low) * line / (height - 1))) if line % 3 == 0 or line == height - 1 else ""
+        for line in range(height)
+    ]
+    margin = max(map(len, labels))
+    ends = bytes_text(min(sizes)), bytes_text(max(sizes))
+    return [
+        "perplexity",
+        *(f"{label:>{margin}} |{''.join(line).rstrip()}" for label, line in zip(labels, grid, strict=True)),
+        f"{'':>{margin}} +{'-' * width}",
+        f"{'':>{margin}}  {ends[0]}{ends[1]:>{max(width - len(ends[0]), 1)}}",
+        "  ".join(f"{mark} {name}" for name, mark in marks.items()),
+    ]
