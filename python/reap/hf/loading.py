@@ -165,8 +165,9 @@ def _nf4() -> Any:
 def _translated(folder: Path) -> Iterator[None]:
     """transformers' errors as ours, in one sentence; its progress bars off."""
     from safetensors import SafetensorError
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging
     has_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
