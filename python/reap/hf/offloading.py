@@ -41,10 +41,9 @@ def replace_tensor(module: nn.Module, name: str, values: Tensor) -> None:
 
 
 def _held(module: nn.Module, name: str) -> Tensor:
-    tensor = module._parameters.get(name)
-    tensor = module._buffers[name] if tensor is None else tensor
-    assert tensor is not None
-    return tensor
+    found: Tensor | None = {**module._parameters, **module._buffers}[name]
+    assert found is not None
+    return found
 
 
 def _store(module: nn.Module) -> Any:

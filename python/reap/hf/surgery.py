@@ -27,9 +27,9 @@ def prune_moe_layer(model: nn.Module, layer_name: str, retained: Iterable[int], 
     """Keep only the experts `retained` of the block `layer_name` (a name that `find_moe_layers` gives), in that order; returns them.
 
     Experts, router, correction biases and per-expert scales are cut by the same list, and the modules' own counts follow; the
-    configuration does not (`prune_model`). Weights that accelerate keeps elsewhere (on the host, on disk) are cut where they are. `moe_attrs` is
-    accepted for those who come from llm-compressor, and not needed. UsageError, before anything is changed, for a name or ids that
-    cannot be, and where too few would be left for the router.
+    configuration does not (`prune_model`). Weights that accelerate keeps elsewhere (on the host, on disk) are cut where they are.
+    `moe_attrs` is accepted for those who come from llm-compressor, and not needed. UsageError, before anything is changed, for a name
+    or ids that cannot be, and where too few would be left for the router.
     """
     layers = find_moe_layers(model)
     if layer_name not in layers:
@@ -44,9 +44,9 @@ def prune_moe_layer(model: nn.Module, layer_name: str, retained: Iterable[int], 
 def prune_model(model: nn.Module, plan: Plan) -> nn.Module:
     """Keep in each layer of a transformers model what `plan` keeps, and say so in its configuration; returns the same model, changed.
 
-    `plan`: a PrunePlan, the path of one, or layer number -> ids to keep. Everything is checked before anything is changed: MismatchError where
-    layers or expert counts are not those of the model, UsageError where the router could not be served any more (its top-k, its
-    groups), UnsupportedModelError for a model that cannot be cut.
+    `plan`: a PrunePlan, the path of one, or layer number -> ids to keep. Everything is checked before anything is changed:
+    MismatchError where layers or expert counts are not those of the model, UsageError where the router could not be served any more
+    (its top-k, its groups), UnsupportedModelError for a model that cannot be cut.
     """
     if isinstance(plan, str | os.PathLike):
         plan = PrunePlan.load(plan)
@@ -121,7 +121,7 @@ def _cut(layer: MoELayer, kept: Sequence[int]) -> None:
         for module in root.modules():
             _set_counts(module, layer.n_experts, len(kept))
             if root is layer.router and getattr(module, "out_features", None) == layer.n_experts:
-                module.out_features = len(kept)
+                setattr(module, "out_features", len(kept))  # noqa: B010  (declared by nn.Linear alone)
     _set_counts(layer.block, layer.n_experts, len(kept))
 
 
