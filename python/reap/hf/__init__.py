@@ -1,8 +1,7 @@
 """The Hugging Face half of reap: what works on checkpoints instead of GGUF files. Needs the extra `hf` (torch, transformers).
 
     profile = reap.hf.profile("Nemotron-3-Nano", "calibration.jsonl", device="cuda", load_in_4bit=True)
-    plan = reap.plan(profile, keep=0.5)
-    reap.hf.prune_model(model, plan)
+    reap.hf.prune("Nemotron-3-Nano", "Nemotron-half", reap.plan(profile, keep=0.5))
 
 Importing this package imports neither; each name says what is missing when it is used. Pruning a checkpoint on disk needs neither.
 """
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from reap.hf.profiling import profile as profile
     from reap.hf.structure import MoELayer as MoELayer
     from reap.hf.structure import find_moe_layers as find_moe_layers
+    from reap.hf.surgery import prune_model as prune_model
+    from reap.hf.surgery import prune_moe_layer as prune_moe_layer
     from reap.hf.tracker import SaliencyTracker as SaliencyTracker
 
 _MODULE_OF = {
@@ -29,9 +30,11 @@ _MODULE_OF = {
     "find_moe_layers": "structure",
     "profile": "profiling",
     "prune": "disk_pruner",
+    "prune_model": "surgery",
+    "prune_moe_layer": "surgery",
 }
 # modules that import torch as they are imported
-_NEED_TORCH = {"structure", "tracker"}
+_NEED_TORCH = {"structure", "surgery", "tracker"}
 
 __all__ = sorted(_MODULE_OF)
 

@@ -165,8 +165,9 @@ def _nf4() -> Any:
 def _translated(folder: Path) -> Iterator[None]:
     """transformers' errors as ours, in one sentence; its progress bars off."""
     from safetensors import SafetensorError
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging
     has_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -174,13 +175,10 @@ def _translated(folder: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise FormatError(f"{folder}: its weights cannot be read: {error}") from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
-        detail = " ".join(str(error).split())[:300]
-        hint = (
-            " (trust_remote_code=True, --trust-remote-code, runs the code that the checkpoint brings)"
-            if "trust_remote_code" in detail
-            else ""
-        )
-        raise EngineError(f"{folder}: transformers cannot load it: {detail}{hint}") from error
+        said = " ".join(str(error).split())
+        remote = "it brings Python code of its own, which runs only with trust_remote_code=True (--trust-remote-code)"
+        detail = remote if "trust_remote_code" in said else said[:300]
+        raise EngineError(f"{folder}: transformers cannot load it: {detail}") from error
     finally:
         if has_bars:
             logging.enable_progress_bar()

@@ -13,6 +13,7 @@ from reap.calibration import Calibration
 from reap.checkpoint import Checkpoint, State, identify_calibration
 from reap.errors import CalibrationError, EngineError, Interrupted, UsageError
 from reap.hf.extra import require_extra
+from reap.hf.identity import structure_fingerprint
 from reap.hf.loading import LoadOptions, check_folder, load_model, load_tokenizer
 from reap.hf.texts import HFTokenizer
 from reap.profiler import SHARED_SEQUENCES, Run, total
@@ -129,15 +130,19 @@ class _Subject:
 
     def _record(self, session: Any) -> dict[str, Any]:
         first = self.layers[0]
-        return {
-            "name": self.name,
-            "architecture": str(getattr(self.config, "model_type", "") or type(self.model).__name__),
-            "source": "huggingface",
+        counts = {
             "n_layers": int(getattr(self.config, "num_hidden_layers", 0) or 0),
             "n_experts": first.n_experts,
             "n_experts_used": session.n_experts_used,
             "n_groups": first.n_group,
             "n_groups_used": first.topk_group,
+        }
+        widths = {"n_embd": getattr(self.config, "hidden_size", 0), "vocab_size": getattr(self.config, "vocab_size", 0)}
+        return {
+            "name": self.name,
+            "architecture": str(getattr(self.config, "model_type", "") or type(self.model).__name__),
+            "fingerprint": structure_fingerprint(**counts, **widths, moe_layers=[layer.index for layer in self.layers]),
+            **counts,
         }
 
     def _engine(self, options: LoadOptions) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _find_router(block: nn.Module, experts: nn.Module, n_experts: int) -> str | 
             found.append(name)
     named = [name for name in found if any(part in name for part in _ROUTER_NAMES)]
     if named:
-        return min(named, key=lambda name: name not in _ROUTER_NAMES)
+        return sorted(named, key=lambda name: name not in _ROUTER_NAMES)[0]
     return found[0] if len(found) == 1 else None
 
 
