@@ -84,7 +84,7 @@ def reap(
 _PANELS = {
     "Measure": ("inspect", "profile", "merge", "compare"),
     "Cut": ("plan", "prune"),
-    "Judge": ("evaluate", "sweep", "report"),
+    "Judge": ("evaluate", "sweep", "report", "card"),
     "Around it": ("convert", "quantize", "hf", "devices", "rpc-server", "demo"),
 }
 _PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
@@ -108,4 +108,4 @@ for _command, _example in (
 ):
     _name = _command.__name__.replace("_", "-")
     app.command(_name, epilog=f"Example: {_example}", rich_help_panel=_PANEL_OF.get(_name))(_command)
-app.add_typer(checkpoints.group)
+app.add_typer(checkpoints.group, rich_help_panel=_PANEL_OF["hf"])
