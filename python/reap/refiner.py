@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from reap.engine import EngineOptions
-from reap.errors import Interrupted, UsageError
+from reap.errors import Interrupted, ReapWarning, UsageError
 from reap.evaluator import Judge
 from reap.heldout import Text
 from reap.inspector import inspect
@@ -298,7 +299,8 @@ def refine(
     engine    of `EngineOptions`; ctx_size is 512 unless it is given
 
     The plan's metric is that of the beginning and "+refined"; its options record what was done, its calibration names the text as well.
-    Raises what `plan` and `evaluate` raise; Interrupted on Ctrl-C where `output` has the plan, else KeyboardInterrupt.
+    A ReapWarning where the budget ended before an expert was tried. Raises what `plan` and `evaluate` raise; Interrupted on Ctrl-C where
+    `output` has the plan, else KeyboardInterrupt.
     """
     started = time.monotonic()
     if not 0 < seconds < math.inf or (max_passes is not None and not max_passes >= 0):
@@ -335,6 +337,13 @@ def refine(
             raise
         _described(plans[search.start], search, judge, time.monotonic() - started).save(output)
         raise Interrupted(f"stopped; {output} has the best choice of experts so far") from stop
+    if not search.trail.tried:
+        warnings.warn(
+            f"the time was up after {search.trail.passes:.1f} passes over the text, before a single expert was tried; "
+            "give more time or less text",
+            ReapWarning,
+            stacklevel=2,
+        )
     made = replace(made, options=made.options | {"refined": {**made.options["refined"], "seconds": round(time.monotonic() - started, 1)}})
     if output is not None:
         made.save(output)
