@@ -242,7 +242,7 @@ def test_protected_experts_stay(work: Path) -> None:
     worst = reap.plan(work / "profile.json", keep=16).removed(0)[:2]
     protect = [(0, expert) for expert in worst]
     found = reap.refine(
-        MODEL, work / "profile.json", work / "c.txt", keep=16, seconds=600, max_passes=3, metric="reap", protect=protect, **OPTIONS
+        MODEL, work / "profile.json", work / "c.txt", keep=16, seconds=600, max_passes=8, metric="reap", protect=protect, **OPTIONS
     )
     assert set(worst) <= set(found.layers[0])
     assert found.metric == "reap+refined"
