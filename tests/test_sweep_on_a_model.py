@@ -242,7 +242,7 @@ def test_protected_experts_stay(work: Path) -> None:
     worst = reap.plan(work / "profile.json", keep=16).removed(0)[:2]
     protect = [(0, expert) for expert in worst]
     found = reap.refine(
-        MODEL, work / "profile.json", work / "c.txt", keep=16, seconds=600, max_passes=3, metric="reap", protect=protect, **OPTIONS
+        MODEL, work / "profile.json", work / "c.txt", keep=16, seconds=600, max_passes=8, metric="reap", protect=protect, **OPTIONS
     )
     assert set(worst) <= set(found.layers[0])
     assert found.metric == "reap+refined"
@@ -250,12 +250,13 @@ def test_protected_experts_stay(work: Path) -> None:
 
 def test_refining_on_the_command_line(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["plan", str(work / "profile.json"), "--keep", "16", "-o", str(tmp_path / "plan.json")]
-    assert main([*base, "--refine", "4s", "--model", str(MODEL), "--text", str(work / "c.txt"), "-c", "128", "-t", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert "refined" in printed
-    assert "+refined" in printed
+    assert main([*base, "--refine", "0.01s", "--model", str(MODEL), "--text", str(work / "c.txt"), "-c", "128", "-t", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "refined" in out
+    assert "+refined" in out
+    assert "before a single expert was tried" in err
     assert reap.PrunePlan.load(tmp_path / "plan.json").options["refined"]["seconds"] < 30
-    assert main([*base, "--refine", "4s", "--model", str(MODEL)]) == 2
+    assert main([*base, "--refine", "1s", "--model", str(MODEL)]) == 2
     assert "--refine needs --model MODEL" in capsys.readouterr().err
     assert main([*base, "--text", str(work / "c.txt")]) == 2
     assert "--text is for --refine" in capsys.readouterr().err

@@ -68,6 +68,13 @@ def test_selecting() -> None:
     assert table().best("c") == {}
 
 
+def test_a_row_is_read_as_in_the_file() -> None:
+    assert table().rows[2]["metric"] == "reap"
+    assert table().rows[2]["bytes"] == 4000
+    with pytest.raises(KeyError):
+        table().rows[2]["select"]
+
+
 def test_the_least_that_a_row_needs(tmp_path: Path) -> None:
     least = {"metric": "baseline", "keep": 8, "bytes": 1, "perplexity": 3, "stderr": None, "kl_mean": 0, "top1": 1, "domain": None}
     (tmp_path / "s.json").write_text(json.dumps({"format": "reap.sweep", "version": 1, "rows": [least]}))

@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from reap.engine import EngineOptions
-from reap.errors import Interrupted, UsageError
+from reap.errors import Interrupted, ReapWarning, UsageError
 from reap.evaluator import Judge
 from reap.heldout import Text
 from reap.inspector import inspect
@@ -41,7 +42,7 @@ Swap = tuple[int, int]  # (expert that goes, expert that comes)
 SCAN_SHARE = 8  # one window in so many is looked at, at a time
 NEAR_THE_CUT = 4  # experts on either side that are tried on one visit to a layer
 AGAIN = 2  # of these, so many that were tried before and looked most like being on the wrong side
-IDLE_ROUNDS = 3  # rounds over all layers that find nothing, after which nothing more is expected
+IDLE_ROUNDS = 2  # rounds over all layers that find nothing, after which nothing more is expected
 SURE = 2.0  # standard errors by which the loss has to fall before all windows have been asked
 HOPELESS = 0.5  # standard errors by which it may have risen before the rest is not asked
 ENOUGH = 1.0  # standard errors that do once they have
@@ -76,7 +77,7 @@ class Search:
     seed       shuffles the windows
     spent      raises OutOfTime where there is no time for another measurement
 
-    kept is the choice so far, start the criterion that it began with.
+    kept is the choice so far, start the criterion that it began with, first the one that did best by itself.
     """
 
     measure: Callable[[Kept, Sequence[int]], Floats]
@@ -91,6 +92,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.start, self.kept = next(iter(self.plans.items()))
+        self.first = self.start
         self._windows = np.random.Generator(np.random.PCG64(self.seed)).permutation(self.n_windows).tolist()
         self._n_scan = max(1, self.n_windows // SCAN_SHARE)
         self._at = 0  # where the next windows begin, in the shuffled order
@@ -102,15 +104,21 @@ class Search:
         self._order: list[str] = list(self.plans)
 
     def run(self) -> None:
-        """Search until `spent` ends it, or until every expert was tried and rounds over all layers find nothing more."""
-        idle = 0
+        """Search until `spent` ends it, or until a search from every criterion found nothing more."""
         try:
             self._begin()
-            self._cross()
-            while idle < IDLE_ROUNDS:
-                idle = 0 if self._round() else idle + 1
+            self._improve()
+            for name in [name for name in self._order if name != self.start]:
+                self._begin_again(name)
         except OutOfTime:
             pass
+
+    def _improve(self) -> None:
+        """Exchange layers and experts until every expert near the cut was tried and rounds over all layers find nothing more."""
+        self._cross()
+        idle = 0
+        while idle < IDLE_ROUNDS:
+            idle = 0 if self._round() else idle + 1
 
     # ---- the beginning: whole criteria, then single layers of them
 
@@ -123,6 +131,25 @@ class Search:
         for name in self._order[1:2]:
             if self._is_better(self.plans[name], ()):
                 self._become(name, self.plans[name])
+        self.first = self.start
+
+    def _begin_again(self, name: str) -> None:
+        """A search from another criterion, which may end at a better choice than the best so far; that is kept otherwise."""
+        best = self.start, self.kept, self._known
+        self._become(name, self.plans[name])
+        self._visits.clear()
+        self._weight = {expert: weight * REMEMBERED for expert, weight in self._weight.items()}
+        is_better = False
+        try:
+            self._improve()
+            other = self.kept
+            self.start, self.kept, self._known = best
+            is_better = self._is_better(other, ())
+            if is_better:
+                self._become(name, other)
+        finally:
+            if not is_better:
+                self.start, self.kept, self._known = best
 
     def _become(self, name: str, kept: Kept) -> None:
         self.start, self.kept, self._known = name, kept, {}
@@ -172,9 +199,10 @@ class Search:
         of these the worst that is in and the best that is out."""
         place = {expert: index for index, expert in enumerate(self.ranks[layer])}
         kept = set(self.kept[layer])
+        inside, outside = kept - self.fixed.get(layer, set()), set(place) - kept
         return (
-            self._choose(layer, kept - self.fixed.get(layer, set()), lambda expert: -place[expert], 1),
-            self._choose(layer, set(place) - kept, lambda expert: place[expert], -1),
+            self._choose(layer, inside, lambda expert: -place[expert], 1),
+            self._choose(layer, outside, lambda expert: place[expert], -1),
         )
 
     def _choose(self, layer: int, experts: set[int], prior: Callable[[int], int], sign: int) -> list[int]:
@@ -298,7 +326,8 @@ def refine(
     engine    of `EngineOptions`; ctx_size is 512 unless it is given
 
     The plan's metric is that of the beginning and "+refined"; its options record what was done, its calibration names the text as well.
-    Raises what `plan` and `evaluate` raise; Interrupted on Ctrl-C where `output` has the plan, else KeyboardInterrupt.
+    A ReapWarning where the budget ended before an expert was tried. Raises what `plan` and `evaluate` raise; Interrupted on Ctrl-C where
+    `output` has the plan, else KeyboardInterrupt.
     """
     started = time.monotonic()
     if not 0 < seconds < math.inf or (max_passes is not None and not max_passes >= 0):
@@ -308,7 +337,7 @@ def refine(
     protected = [protect] if isinstance(protect, str) else list(protect)
     blends = (blend,) if blend is not None else BLENDS if source.domains else BLENDS[:1]
     choose = partial(plan, source, keep=keep, protect=protected, protect_super_experts=protect_super_experts, seed=seed)
-    plans = {name if how == "sum" else f"{name}, {how}": choose(metric=name, blend=how) for how in blends for name in names}
+    plans = _beginnings(choose, names, blends)
     first = next(iter(plans.values()))
     check_plan(inspect(model), first)
     judge = Judge(model, text, EngineOptions(**{"ctx_size": 512, **engine}))
@@ -335,10 +364,28 @@ def refine(
             raise
         _described(plans[search.start], search, judge, time.monotonic() - started).save(output)
         raise Interrupted(f"stopped; {output} has the best choice of experts so far") from stop
+    if not search.trail.tried:
+        warnings.warn(
+            f"the time was up after {search.trail.passes:.1f} passes over the text, before a single expert was tried; "
+            "give more time or less text",
+            ReapWarning,
+            stacklevel=2,
+        )
     made = replace(made, options=made.options | {"refined": {**made.options["refined"], "seconds": round(time.monotonic() - started, 1)}})
     if output is not None:
         made.save(output)
     return made
+
+
+def _beginnings(choose: Callable[..., PrunePlan], names: Sequence[str], blends: Sequence[str]) -> dict[str, PrunePlan]:
+    """The choices of the criteria by name, each once."""
+    plans: dict[str, PrunePlan] = {}
+    for blend in blends:
+        for name in names:
+            made = choose(metric=name, blend=blend)
+            if all(made.layers != other.layers for other in plans.values()):
+                plans[name if blend == "sum" else f"{name}, {blend}"] = made
+    return plans
 
 
 def _divergence(judge: Judge, kept: Kept, windows: Sequence[int]) -> Floats:
@@ -384,8 +431,7 @@ def _mean_ranks(profile: Profile, names: Sequence[str], seed: int) -> dict[int, 
 
 def _scored(plans: Mapping[str, PrunePlan], search: Search, judge: Judge) -> PrunePlan:
     """What the search found, or what it began with, whichever is better on the whole text."""
-    first = plans[search.start]
-    found = _described(first, search, judge, 0.0)
+    first, found = plans[search.first], _described(plans[search.start], search, judge, 0.0)
     scores = {name: judge.score(made, reference=judge.reference()) for name, made in (("before", first), ("after", found))}
     if (scores["after"].kl_mean or 0.0) >= (scores["before"].kl_mean or 0.0):
         found = replace(found, layers=first.layers)
@@ -404,6 +450,7 @@ def _described(first: PrunePlan, search: Search, judge: Judge, seconds: float) -
     digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in text.files]
     record = {
         "start": search.start,
+        "best_criterion": search.first,
         "seconds": round(seconds, 1),
         "passes": round(search.trail.passes, 2),
         "experts_tried": search.trail.tried,

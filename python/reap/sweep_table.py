@@ -48,6 +48,12 @@ class SweepRow:
     loss_increase: float
     loss_increase_stderr: float
 
+    def __getitem__(self, name: str) -> Any:
+        """row["bytes"] is row.bytes, as in the file."""
+        if name not in self.__dataclass_fields__:
+            raise KeyError(name)
+        return getattr(self, name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:

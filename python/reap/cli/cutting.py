@@ -167,8 +167,13 @@ def _refinement_facts(record: dict[str, Any] | None) -> list[tuple[str, object]]
         f"{record['experts_tried']} experts tried, {record['experts_exchanged']} exchanged in {record['passes']:.1f} passes over the text, "
         f"{record['seconds']:.0f} s"
     )
-    measured = [(f"{what}", f"{record[f'{key}_before']:.4g} at first, {record[f'{key}_after']:.4g} now, on the text it was fitted to")
-                for key, what in (("kl", "divergence"), ("perplexity", "perplexity"))]  # fmt: skip
+    measured = [
+        (
+            what,
+            f"{record[f'{key}_after']:.4g}, by {record['best_criterion']} alone {record[f'{key}_before']:.4g}, on that text",
+        )
+        for key, what in (("kl", "divergence"), ("perplexity", "perplexity"))
+    ]
     return [
         ("refined", f"from {record['start']}: {done}"),
         *measured,
