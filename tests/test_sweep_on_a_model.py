@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import reap
@@ -19,6 +20,7 @@ from reap import evaluator
 from reap.cli import main
 from reap.engine import open_session
 from reap.errors import Interrupted, MismatchError, ReapWarning, UsageError
+from reap.heldout import HeldOut
 
 DATA = Path(__file__).parent.parent / "python" / "reap" / "data"
 MODEL = next(DATA.glob("reap-demo-*.gguf"))
@@ -282,3 +284,21 @@ def test_ctrl_c_keeps_the_choice_so_far(work: Path, tmp_path: Path) -> None:
     assert "+refined" in reap.PrunePlan.load(target).metric
     with pytest.raises(KeyboardInterrupt):
         reap.refine(MODEL, work / "profile.json", work / "c.txt", **{**options, "progress": Stop()})
+
+
+def test_short_of_time_it_looks_at_fewer_windows(work: Path) -> None:
+    made = reap.refine(MODEL, work / "profile.json", work / "calibration.jsonl", keep=16, seconds=3, **OPTIONS)
+    record = made.options["refined"]
+    assert 3 <= record["windows"] < record["windows_of_the_text"]
+    assert record["experts_tried"] > 0
+    assert record["seconds"] < 60  # three, but for a machine that others slow down
+
+
+def test_thinned_windows_lie_all_over_each_domain() -> None:
+    windows = tuple(np.full(4, number, dtype=np.int32) for number in range(30))
+    text = HeldOut(("t",), 4, windows, ("a",) * 20 + ("b",) * 9 + ("c",), 3)
+    thin = text.thinned(6)
+    assert [int(window[0]) for window in thin.windows] == [0, 5, 10, 15, 20, 24, 29]
+    assert thin.domain_of == ("a",) * 4 + ("b",) * 2 + ("c",)
+    assert thin.dropped_tokens == 3 + 23 * 4
+    assert text.thinned(30) == text

@@ -130,6 +130,19 @@ class Judge:
             self._reference = Reference(self.model, self._session.n_vocab, self.text.digest, tuple(windows))
         return self._reference
 
+    def seconds_per_window(self) -> float:
+        """How long a window takes; two are run, and the first, which also reads the weights, does not count."""
+        self._session.set_kept(None)
+        for window in (self.text.windows * 2)[:2]:
+            started = time.perf_counter()
+            self._session.predict_top(window, self.text.first_scored, self._n_top())
+        return time.perf_counter() - started
+
+    def thin_text(self, n_windows: int) -> None:
+        """Go on with about so many windows of the text, spread over it; what was found on all of them is forgotten."""
+        self.text = self.text.thinned(n_windows)
+        self._reference = self._continuations = None
+
     def measure(
         self, plan: PrunePlan | None = None, *, reference: Reference | None = None, progress: ProgressCallback | None = None
     ) -> Measurement:

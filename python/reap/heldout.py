@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -51,6 +51,18 @@ class HeldOut:
     def in_domain(self, domain: str) -> NDArray[np.bool_]:
         """bool [n_windows · n_scored]: which of the scored tokens are of that domain."""
         return np.repeat([name == domain for name in self.domain_of], self.n_scored)
+
+    def thinned(self, n_windows: int) -> HeldOut:
+        """About `n_windows` of the windows, spread evenly over each domain; at least one of every domain."""
+        total = len(self.windows)
+        chosen: list[int] = []
+        for domain in dict.fromkeys(self.domain_of):
+            members = [index for index, name in enumerate(self.domain_of) if name == domain]
+            n = min(len(members), max(1, round(n_windows * len(members) / total)))
+            chosen += [members[index * len(members) // n] for index in range(n)]
+        windows = tuple(self.windows[index] for index in chosen)
+        dropped = self.dropped_tokens + (total - len(windows)) * self.ctx_size
+        return replace(self, windows=windows, domain_of=tuple(self.domain_of[index] for index in chosen), dropped_tokens=dropped)
 
     @property
     def digest(self) -> str:

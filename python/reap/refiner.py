@@ -50,6 +50,10 @@ REMEMBERED = 0.5  # of what was measured before another exchange in the layer
 BATCH_TRIES = 3  # an exchange of several that fails is tried again with the better half of them, so often
 
 
+USEFUL_PASSES = 24  # over the text: where the time is short, it is spent on fewer windows instead
+FEWEST_WINDOWS = 8
+
+
 class OutOfTime(Exception):
     """The budget is spent; what is being tried is dropped."""
 
@@ -315,7 +319,8 @@ def refine(
     """A plan whose experts were chosen by the loss of `model` (a GGUF file) on `text` without them.
 
     Begins with the criterion that does best on the text (or with `metric` alone) and exchanges experts near the cut, until `seconds`
-    have passed since the call, or after `max_passes` over the text, with which the result does not depend on the machine's speed.
+    have passed since the call, or after `max_passes` over the text, with which the result does not depend on the machine's speed. Where
+    the time does not allow a few dozen passes over the whole text, as many windows of it are used as it does, spread over the domains.
     The text is what the plan is fitted to: use calibration text, never the text that the result will be judged on.
 
     text      as in `evaluate`; of JSON Lines the samples of one domain are laid end to end
@@ -341,6 +346,9 @@ def refine(
     first = next(iter(plans.values()))
     check_plan(inspect(model), first)
     judge = Judge(model, text, EngineOptions(**{"ctx_size": 512, **engine}))
+    all_windows = len(judge.text.windows)
+    if max_passes is None:
+        judge.thin_text(_affordable(judge, seconds - (time.monotonic() - started)))
     before_reference = time.monotonic()
     judge.reference()
     now = time.monotonic()
@@ -371,7 +379,8 @@ def refine(
             ReapWarning,
             stacklevel=2,
         )
-    made = replace(made, options=made.options | {"refined": {**made.options["refined"], "seconds": round(time.monotonic() - started, 1)}})
+    record = {"seconds": round(time.monotonic() - started, 1), "windows": len(judge.text.windows), "windows_of_the_text": all_windows}
+    made = replace(made, options=made.options | {"refined": {**made.options["refined"], **record}})
     if output is not None:
         made.save(output)
     return made
@@ -386,6 +395,12 @@ def _beginnings(choose: Callable[..., PrunePlan], names: Sequence[str], blends: 
             if all(made.layers != other.layers for other in plans.values()):
                 plans[name if blend == "sum" else f"{name}, {blend}"] = made
     return plans
+
+
+def _affordable(judge: Judge, seconds: float) -> int:
+    """Windows of the text that `seconds` allow to be looked at USEFUL_PASSES times."""
+    n_windows = int(seconds / (USEFUL_PASSES * judge.seconds_per_window()))
+    return min(len(judge.text.windows), max(FEWEST_WINDOWS, n_windows))
 
 
 def _divergence(judge: Judge, kept: Kept, windows: Sequence[int]) -> Floats:

@@ -164,8 +164,8 @@ def _refinement_facts(record: dict[str, Any] | None) -> list[tuple[str, object]]
     if record is None:
         return []
     done = (
-        f"{record['experts_tried']} experts tried, {record['experts_exchanged']} exchanged in {record['passes']:.1f} passes over the text, "
-        f"{record['seconds']:.0f} s"
+        f"{record['experts_tried']} experts tried, {record['experts_exchanged']} exchanged in {record['passes']:.1f} passes over "
+        f"{record['windows']} of the text's {record['windows_of_the_text']} windows, {record['seconds']:.0f} s"
     )
     measured = [
         (
