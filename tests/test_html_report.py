@@ -86,13 +86,13 @@ def test_the_page_of_the_example(tmp_path: Path) -> None:
     page = Page(output)
     for words in (
         "The plan keeps 16 of 32 experts in each of 4 layers, by reap.", "Gini of the load", "0 of 128 experts were never routed to",
-        "embeddings and output", "24 GB: fits before, fits after", "Of all domains the plan serves", "None was found here",
+        "embeddings and output", "fits, 8.00 GiB left", "Of all domains the plan serves", "None was found here",
         "sample_calibration.jsonl", "sha256:9bb12aa421b8c2a105d5538881fb191fbdc222f8420b8c782678e1d6593d02c3",
     ):  # fmt: skip
         assert words in page.text, words
     figures = "experts layer distribution inequality load mass sizes criteria domains"
     assert list(page.data["figures"]) == figures.split()
-    assert page.tags.count("table") == 9  # all figures but the map and the one layer, and two lists
+    assert page.tags.count("table") == 10  # all figures but the map and the one layer, and three lists
     assert re.search(r"kept of Σ g·‖f‖", page.text)
 
 

@@ -37,8 +37,9 @@ def pruned(source: Path, tmp_path: Path) -> Path:
 def test_the_card_says_what_the_file_says(source: Path, pruned: Path, tmp_path: Path) -> None:
     evaluation = tmp_path / "e.json"
     figures = {"perplexity": 12.34567, "stderr": 0.51, "tokens": 2805}
-    evaluation.write_text(json.dumps({"model": "/x/small.gguf", "text": ["/x/held|out.txt"], "ctx_size": 512, **figures,
-                                      "kl_mean": 0.0312, "top1": 0.914, "domains": {"c": figures}}))  # fmt: skip
+    files = {"model": "/x/small.gguf", "text": ["/x/held|out.txt"], "ctx_size": 512}
+    compared = {"perplexity_ratio": 1.0504, "kl_mean": 0.0312, "top1": 0.914}
+    evaluation.write_text(json.dumps(files | figures | compared | {"domains": {"c": figures}}))
     info, before = reap.inspect(pruned), reap.inspect(source)
     rows = [
         {"metric": "random", "keep": info.n_experts, "perplexity": 99.5, "domain": None},
@@ -62,8 +63,8 @@ def test_the_card_says_what_the_file_says(source: Path, pruned: Path, tmp_path: 
     assert "calib\\_1.jsonl, 1,234 tokens in the domains code, prose" in text
     assert "/home/somebody" not in text
     assert "ab" * 32 in text
-    assert "| small.gguf | held\\|out.txt | 12.346 | 0.51 | 0.0312 | 91.4% | 512 | 2,805 |" in text
-    assert "| small.gguf | held\\|out.txt: c | 12.346 | 0.51 | – | – | 512 | 2,805 |" in text
+    assert "| small.gguf | held\\|out.txt | 12.346 ± 0.51 | 1.05 | 0.0312 | 91.4% | 512 | 2,805 |" in text
+    assert "| small.gguf | held\\|out.txt: c | 12.346 ± 0.51 | – | – | – | 512 | 2,805 |" in text
     assert "| random | " in text
     assert "| reap | 1 |" not in text
     for layer in info.moe_layers:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from reap.cli.show import bytes_text, number_text, print_table, progress_bar, sa
 from reap.errors import OutputError, ReapError
 
 if TYPE_CHECKING:
+    from reap.evaluator import Evaluation
     from reap.scores import Profile
 
 KEEPS = (0.75, 0.5, 0.25)
@@ -28,12 +29,19 @@ THREADS = 1
 
 @dataclass(frozen=True)
 class _Row:
-    """A model and what it predicts how well: its perplexity by domain."""
+    """A model and what it predicts how well: what chose its experts, how many there are, and its perplexity by domain."""
 
-    name: str
+    metric: str
+    keep: int
     n_bytes: int
-    perplexity: dict[str, float]
+    evaluations: dict[str, Evaluation]
     seconds: float
+
+    @property
+    def sweep_rows(self) -> list[dict[str, Any]]:
+        """As the rows of a sweep."""
+        base = {"metric": self.metric, "keep": self.keep, "bytes": self.n_bytes}
+        return [base | {"domain": name, "perplexity": it.perplexity, "stderr": it.stderr} for name, it in self.evaluations.items()]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ class _Files:
     def plan(self, keep: float) -> Path:
         return self.out / f"plan-{keep:.0%}.json".replace("%", "")
 
+    @property
+    def report(self) -> Path:
+        return self.out / "report.html"
+
     def pruned(self, keep: float) -> Path:
         return self.out / f"reap-{keep:.0%}.gguf".replace("%", "")
 
@@ -69,7 +81,7 @@ def demo(
         "reap-demo"
     ),
 ) -> None:
-    """Profile, prune and evaluate the small model that comes with reap, in under a minute."""
+    """Profile, prune, evaluate and report on the small model that comes with reap, in under a minute."""
     started = time.perf_counter()
     work = _Files(out)
     _unpack(work)
@@ -81,15 +93,16 @@ def demo(
         profile = reap.profile(work.model, work.calibration, ctx_size=512, threads=THREADS, progress=progress)
     profile.save(work.profile)
     say(f"  {profile.calibration['tokens']:,} tokens in {time.perf_counter() - started:.1f} s")
-    rows = [_evaluate("all experts", work, work.model)]
+    rows = [_evaluate("baseline", info.n_experts, work, work.model)]
     for keep in KEEPS:
         rows += _prune_and_evaluate(work, profile, keep)
+    say(f"\n$ reap report {work.profile} --plan {work.plan(0.5)} --model {work.model} -o {work.report}")
+    reap.report(profile, work.report, plan=work.plan(0.5), model=work.model, sweep=[row for model in rows for row in model.sweep_rows])
     columns = ["model", "size", *(f"perplexity, {domain}" for domain in DOMAINS), "seconds"]
     say("")
-    print_table(columns, [_cells(row) for row in rows])
-    say(
-        f"Everything is in {out}; `reap inspect {work.pruned(0.5)}` says what was kept. {time.perf_counter() - started:.0f} seconds in all."
-    )
+    print_table(columns, [_cells(row, info.n_experts) for row in rows])
+    say(f"Open {work.report} in a browser; `reap inspect {work.pruned(0.5)}` says what was kept.")
+    say(f"Everything is in {out}. {time.perf_counter() - started:.0f} seconds in all.")
 
 
 def _unpack(work: _Files) -> None:
@@ -123,17 +136,19 @@ def _prune_and_evaluate(work: _Files, profile: Profile, keep: float) -> list[_Ro
         if is_kept:
             plan.save(work.plan(keep))
         reap.prune(work.model, target, plan, force=True)
-        rows.append(_evaluate(f"{keep:.0%} by {metric}", work, target))
+        rows.append(_evaluate(metric, plan.keep, work, target))
         if not is_kept:
             target.unlink()
     return rows
 
 
-def _evaluate(name: str, work: _Files, model: Path) -> _Row:
+def _evaluate(metric: str, keep: int, work: _Files, model: Path) -> _Row:
     started = time.perf_counter()
-    perplexity = {domain: reap.evaluate(model, work.heldout(domain), threads=THREADS).perplexity for domain in DOMAINS}
-    return _Row(name, model.stat().st_size, perplexity, time.perf_counter() - started)
+    evaluations = {domain: reap.evaluate(model, work.heldout(domain), threads=THREADS) for domain in DOMAINS}
+    return _Row(metric, keep, model.stat().st_size, evaluations, time.perf_counter() - started)
 
 
-def _cells(row: _Row) -> list[str]:
-    return [row.name, bytes_text(row.n_bytes), *(number_text(row.perplexity[domain]) for domain in DOMAINS), f"{row.seconds:.1f}"]
+def _cells(row: _Row, n_experts: int) -> list[str]:
+    name = "all experts" if row.keep == n_experts else f"{row.keep / n_experts:.0%} by {row.metric}"
+    figures = [number_text(row.evaluations[domain].perplexity) for domain in DOMAINS]
+    return [name, bytes_text(row.n_bytes), *figures, f"{row.seconds:.1f}"]

@@ -169,10 +169,15 @@ def _evaluation(path: PathLike) -> Iterator[list[str]]:
     said: Any = root["text"].value
     texts = [root["text"].entry(index).string() for index in range(len(said))] if isinstance(said, list) else [root["text"].string()]
     model, text = escape(Path(root["model"].string()).name), ", ".join(escape(Path(name).name) for name in texts)
+    plan = root.members().get("plan")
+    if isinstance(plan, dict):
+        model += f", as if pruned to {escape(plan.get('keep'))} by {escape(plan.get('metric'))}"
     parts = [(text, root), *((f"{text}: {escape(name)}", node) for name, node in (root["domains"].items() if "domains" in root else ()))]
     for name, node in parts:
-        perplexity, stderr, kl, top1 = (_number(node, key) for key in ("perplexity", "stderr", "kl_mean", "top1"))
-        figures = [number(perplexity, 5), number(stderr, 2), number(kl, 3), percent(top1, 1)]
+        perplexity, stderr, ratio, kl, top1 = (
+            _number(node, key) for key in ("perplexity", "stderr", "perplexity_ratio", "kl_mean", "top1")
+        )
+        figures = [f"{number(perplexity, 5)} ± {number(stderr, 2)}", number(ratio), number(kl, 3), percent(top1, 1)]
         yield [model, name, *figures, f"{root['ctx_size'].integer():,}", f"{node['tokens'].integer():,}"]
 
 

@@ -202,13 +202,13 @@ def load(profile: Profile) -> Any:
     """How evenly tokens are spread over experts, by layer."""
     x = profile.layers.tolist()
     traces = [
-        go.Bar(
-            x=x, y=profile.never_routed.mean(axis=1), name="experts never routed to",
-            marker=dict(color=GREY, pattern=dict(shape="/", fgcolor=GREY, bgcolor="rgba(0,0,0,0)", fillmode="overlay")),
-        ),
         line(x, effective_experts(profile.counts) / profile.n_experts, "effective experts, of all", 0),
         line(x, busiest_share(profile.counts), "routings that the busiest tenth gets", 1),
-    ]  # fmt: skip
+    ]
+    if profile.never_routed.any():
+        pattern = dict(shape="/", fgcolor=GREY, bgcolor="rgba(0,0,0,0)", fillmode="overlay")
+        bars = dict(name="experts never routed to", marker=dict(color=GREY, pattern=pattern))
+        traces.append(go.Bar(x=x, y=profile.never_routed.mean(axis=1), **bars))
     return figure(
         *traces, xaxis=layer_axis(profile), yaxis=dict(title="share", tickformat=".0%", rangemode="tozero"), hovermode="x unified"
     )
@@ -251,7 +251,7 @@ def matrix(names: Sequence[str], values: Floats, chance: float, what: str) -> An
         height=max(260, 120 + 34 * len(names)),
         yaxis=dict(autorange="reversed", type="category", showgrid=False),
         xaxis=dict(type="category", showgrid=False),
-    ).update_layout(margin=dict(l=80, b=40, t=8))
+    ).update_layout(margin=dict(l=80, b=40, t=30))
 
 
 # ---- sizes and quality

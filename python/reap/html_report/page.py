@@ -37,7 +37,8 @@ class Section:
 
     id: anchor, and of its figure. lead: sentences above it. figure: a plotly figure, or the name of one that the page's script
     draws ("experts", "layer", "scatter"). alt: what the figure shows, for those who do not see it. table: the numbers behind it,
-    folded away where there is a figure. notes: sentences below it all.
+    folded away where there is a figure. notes: sentences below it all. navigation: its name in the
+    list of sections; None: the title; empty: not listed.
     """
 
     id: str
@@ -47,7 +48,7 @@ class Section:
     alt: str = ""
     table: Table | None = None
     notes: Sequence[str] = ()
-    in_navigation: bool = True
+    navigation: str | None = None
 
 
 @dataclass(frozen=True)

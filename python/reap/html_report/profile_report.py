@@ -16,7 +16,7 @@ from reap.html_report import figures
 from reap.html_report.page import Page, Section, Table, number, packed, percent, write_page
 from reap.html_report.sweep_rows import SweepData, SweepPoint, SweepSource, SweepVerdict, domains_of, points_of, read_sweep
 from reap.inspector import ModelInfo, inspect
-from reap.memory import MEMORY_GB, describe_fit, fits
+from reap.memory import Fit, describe_fit, fits
 from reap.planner import PrunePlan, super_experts
 from reap.scores import Profile
 from reap.sizing import ModelSize, measure_size
@@ -167,6 +167,7 @@ class _Report:
             yield from self.quality()
         if self.size is not None:
             yield self.sizes(self.size)
+            yield self.memory(self.size)
         yield self.criteria()
         if len(self.profile.domains) > 1:
             yield self.domains()
@@ -318,7 +319,7 @@ class _Report:
                 _best_by_size(points, self._verdicts(domain)),
                 _points_table(points),
                 notes,
-                in_navigation=is_first,
+                navigation="Quality and size" if is_first else "",
             )
 
     def _verdicts(self, domain: str) -> list[SweepVerdict]:
@@ -329,20 +330,23 @@ class _Report:
         rows.append(
             ["in all", bytes_text(size.n_bytes_before), bytes_text(size.n_bytes_after), str(sum(item.n_tensors for item in size.classes))]
         )
-        after = {fit.gb: fit for fit in fits(size.n_bytes_after)}
-        before = {fit.gb: fit for fit in fits(size.n_bytes_before)}
-        verdicts = "; ".join(f"{gb} GB: {before[gb].verdict} before, {after[gb].verdict} after" for gb in MEMORY_GB)
         alt = f"{size.n_bytes_before:,} bytes before, {size.n_bytes_after:,} after. After: {describe_fit(size.n_bytes_after)}."
-        notes = [
-            f"{verdicts}.",
-            "Memories are taken as multiples of 2³⁰ bytes, as they are sold. Fits means that the weights leave a tenth "
-            "of the memory free, tight that they leave less. The cache "
-            "grows with the context and is not in these figures.",
-        ]
+        notes = []
         if self.info is not None and self.info.refusals:
             notes.append(f"This model cannot be pruned: {self.info.refusals[0]}")
         lead = "Of the file, to the byte. Only experts and routers shrink."
         return Section("sizes", "Sizes", lead, figures.sizes(size), alt, Table(["kind", "before", "after", "tensors"], rows), notes)
+
+    def memory(self, size: ModelSize) -> Section:
+        both = zip(fits(size.n_bytes_before), fits(size.n_bytes_after), strict=True)
+        rows = [[f"{pair[0].gb} GB", *(f"{fit.verdict}, {bytes_text(abs(fit.bytes_left))} {_left(fit)}" for fit in pair)] for pair in both]
+        lead = (
+            "Whether the weights go into one device's memory, of as many times 2³⁰ bytes, as memories are sold. Fits "
+            "means that they leave a "
+            "tenth of it free, tight that they leave less. The cache grows with the context and is not counted; experts may also stay in "
+            "the computer's own memory, which is slower but removes nothing."
+        )
+        return Section("memory", "Memory", lead, table=Table(["memory", "before", "after"], rows))
 
     # ---- agreement
 
@@ -465,6 +469,10 @@ _QUALITY_LEAD = (
     "make mostly the same mistakes, "
     "so a difference smaller than its bar can be real; it can also be luck."
 )
+
+
+def _left(fit: Fit) -> str:
+    return "missing" if fit.bytes_left < 0 else "left"
 
 
 def _best_by_size(points: dict[str, list[SweepPoint]], verdicts: Sequence[SweepVerdict]) -> str:

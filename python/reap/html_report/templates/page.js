@@ -7,7 +7,7 @@
   const DARK = { ink: "#e8ecf2", soft: "#a3adbb", grid: "#2b323d", card: "#191f28" };
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");
   const drawn = [];
-  const PRINT_WIDTH = 680;
+  const [PRINT_WIDTH, PRINT_HEIGHT] = [680, 290];
   const CONFIG = {
     responsive: true, displaylogo: false, displayModeBar: "hover", toImageButtonOptions: { format: "svg" },
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // none that sends the figure anywhere
@@ -169,11 +169,12 @@
           : { title: { text: title, side: "top" }, thickness: 10, orientation: "h", y: -0.2, yanchor: "top", ...ticks },
       };
       draw("experts", [trace], {
-        height: it.layers.length > 12 ? Math.max(380, Math.min(900, 110 + 13 * it.layers.length)) : 120 + 44 * it.layers.length,
+        height: it.layers.length > 12 ? Math.max(380, Math.min(900, 110 + 13 * it.layers.length)) : 210 + 36 * it.layers.length,
         margin: { l: 56, r: 12, t: 30, b: 48 },
         shapes: strikes(columns),
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(128,136,146,0.18)",
-        xaxis: { title: { text: order === "score" ? "place in the layer, best first" : "expert" }, showgrid: false, zeroline: false },
+        xaxis: { title: { text: order === "score" ? "place in the layer, best first" : "expert" }, showgrid: false, zeroline: false,
+          dtick: n > 16 ? undefined : 1 },
         yaxis: { title: { text: "layer" }, autorange: "reversed", showgrid: false, zeroline: false, tickvals,
           ticktext: tickvals.map((row) => String(it.layers[row])) },
         legend: {},
@@ -258,7 +259,7 @@
     draw("layer", traces, {
       height: 340, margin: { l: 64, r: 16, t: 28, b: 48 }, showlegend: groups.length > 1,
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      xaxis: { title: { text: `place in layer ${it.layers[row]}, best first` } }, yaxis: { title: { text: metric }, rangemode: "tozero" },
+      xaxis: { title: { text: `place in layer ${it.layers[row]}, best first` }, dtick: n > 16 ? undefined : 1 }, yaxis: { title: { text: metric }, rangemode: "tozero" },
       shapes: keep < n ? [{ type: "line", x0: keep + 0.5, x1: keep + 0.5, y0: 0, y1: 1, yref: "paper", line: { dash: "dot", width: 1.5, color: "#878e97" } }] : [],
     });
   }
@@ -317,11 +318,14 @@
   };
   drawNext();
 
-  const restyle = (change) => drawn.forEach((id) => Plotly.relayout($(`plot-${id}`), change()));
+  const heights = {};
+  const restyle = (change) => drawn.forEach((id) => Plotly.relayout($(`plot-${id}`), change(id)));
   prefersDark.addEventListener("change", () => restyle(() => ({ template: theme() })));
   addEventListener("beforeprint", () => {
     while (waiting.length) drawNext();
-    restyle(() => ({ template: template(LIGHT), width: PRINT_WIDTH, autosize: false }));
+    drawn.forEach((id) => { heights[id] = $(`plot-${id}`).layout.height; });
+    const height = (id) => (id === "experts" ? heights[id] : Math.min(heights[id], PRINT_HEIGHT));
+    restyle((id) => ({ template: template(LIGHT), width: PRINT_WIDTH, height: height(id), autosize: false }));
   });
-  addEventListener("afterprint", () => restyle(() => ({ template: theme(), width: null, autosize: true })));
+  addEventListener("afterprint", () => restyle((id) => ({ template: theme(), width: null, height: heights[id], autosize: true })));
 })();
