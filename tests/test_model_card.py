@@ -39,7 +39,8 @@ def test_the_card_says_what_the_file_says(source: Path, pruned: Path, tmp_path: 
     figures = {"perplexity": 12.34567, "stderr": 0.51, "tokens": 2805}
     files = {"model": "/x/small.gguf", "text": ["/x/held|out.txt"], "ctx_size": 512}
     compared = {"perplexity_ratio": 1.0504, "kl_mean": 0.0312, "top1": 0.914}
-    evaluation.write_text(json.dumps(files | figures | compared | {"domains": {"c": figures}}))
+    loops = {"prompts": 8, "looping": 0.25, "reference_looping": 0.125, "repeated": 0.4}
+    evaluation.write_text(json.dumps(files | figures | compared | {"domains": {"c": figures}, "loops": loops}))
     info, before = reap.inspect(pruned), reap.inspect(source)
     rows = [
         {"metric": "random", "keep": info.n_experts, "perplexity": 99.5, "domain": None},
@@ -64,7 +65,8 @@ def test_the_card_says_what_the_file_says(source: Path, pruned: Path, tmp_path: 
     assert "/home/somebody" not in text
     assert "ab" * 32 in text
     assert "| small.gguf | held\\|out.txt | 12.346 ± 0.51 | 1.05 | 0.0312 | 91.4% | 512 | 2,805 |" in text
-    assert "| small.gguf | held\\|out.txt: c | 12.346 ± 0.51 | – | – | – | 512 | 2,805 |" in text
+    assert "| small.gguf | c | 12.346 ± 0.51 | – | – | – | 512 | 2,805 |" in text
+    assert "Of 8 greedy continuations by small.gguf, 25% ended in a loop; of the reference's 12%. 40% of its runs" in text
     assert "| random | " in text
     assert "| reap | 1 |" not in text
     for layer in info.moe_layers:

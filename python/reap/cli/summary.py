@@ -30,7 +30,7 @@ def profile_facts(profile: Profile) -> Facts:
     named = ", ".join(f"{item.layer}:{item.expert} ({item.ratio:.0f} times the median norm)" for item in (found or ())[:_MOST_NAMED])
     return [
         ("never routed to", _never_text(profile)),
-        ("rarely routed to", f"{few:,} experts, with fewer than {FEW_TOKENS} tokens: their means say little" if few else None),
+        ("rarely routed to", f"{few:,} of them, with fewer than {FEW_TOKENS} tokens: their means say little" if few else None),
         (
             "load",
             f"Gini {_range_text(load, profile, '.2f')}; {mean_of(effective_experts(counts)):.3g} of {profile.n_experts} "

@@ -58,6 +58,7 @@ def model_card(
     measured = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
     if measured is not None and measured.model.get("fingerprint", origin.fingerprint) != origin.fingerprint:
         raise MismatchError(f"the profile is not of the model that {info.path} was pruned from")
+    judged = [read_json(path, what="evaluation", max_bytes=_MAX_BYTES) for path in evaluations]
     text = environment().get_template("card.md.j2").render(
         base_model=None if base_model is None else json.dumps(base_model),
         license=None if license is None else json.dumps(license),
@@ -70,7 +71,8 @@ def model_card(
         n_kept=info.n_experts,
         facts=list(_facts(info)),
         how=list(_how(info, origin, measured)),
-        evaluations=[row for path in evaluations for row in _evaluation(path)],
+        evaluations=[row for root in judged for row in _evaluation(root)],
+        loops=[sentence for root in judged for sentence in _loops(root)],
         sweep=[] if sweep is None else _sweep_rows(sweep, info.n_experts, origin.n_experts),
         cautions=list(_cautions(info)),
         layers=list(_layers(info, origin)),
@@ -136,7 +138,7 @@ def _facts(info: ModelInfo) -> Iterator[tuple[str, str]]:
 def _how(info: ModelInfo, origin: _Origin, profile: Profile | None) -> Iterator[str]:
     yield (
         f"With reap {escape(origin.version)}: every expert was scored by `{escape(origin.metric)}` on a calibration "
-        f"text, and each layer kept its best {info.n_experts}. The source has the fingerprint `{escape(origin.fingerprint)}`."
+        f"text, and each layer kept {info.n_experts}. The source has the fingerprint `{escape(origin.fingerprint)}`."
     )
     if profile is not None:
         record = profile.calibration
@@ -163,22 +165,35 @@ def _layers(info: ModelInfo, origin: _Origin) -> Iterator[tuple[int, str, str]]:
         yield layer, ranges_text(removed), ranges_text(kept)
 
 
-def _evaluation(path: PathLike) -> Iterator[list[str]]:
+def _evaluation(root: Node) -> Iterator[list[str]]:
     """Rows of the table: the whole text, and each domain of it."""
-    root = read_json(path, what="evaluation", max_bytes=_MAX_BYTES)
     said: Any = root["text"].value
     texts = [root["text"].entry(index).string() for index in range(len(said))] if isinstance(said, list) else [root["text"].string()]
     model, text = escape(Path(root["model"].string()).name), ", ".join(escape(Path(name).name) for name in texts)
     plan = root.members().get("plan")
     if isinstance(plan, dict):
         model += f", as if pruned to {escape(plan.get('keep'))} by {escape(plan.get('metric'))}"
-    parts = [(text, root), *((f"{text}: {escape(name)}", node) for name, node in (root["domains"].items() if "domains" in root else ()))]
+    parts = [(text, root), *((escape(name), node) for name, node in (root["domains"].items() if "domains" in root else ()))]
     for name, node in parts:
         perplexity, stderr, ratio, kl, top1 = (
             _number(node, key) for key in ("perplexity", "stderr", "perplexity_ratio", "kl_mean", "top1")
         )
         figures = [f"{number(perplexity, 5)} ± {number(stderr, 2)}", number(ratio), number(kl, 3), percent(top1, 1)]
         yield [model, name, *figures, f"{root['ctx_size'].integer():,}", f"{node['tokens'].integer():,}"]
+
+
+def _loops(root: Node) -> Iterator[str]:
+    """What the loop probe found, where the evaluation has one."""
+    if root.members().get("loops") is None:
+        return
+    found = root["loops"]
+    looping, before, repeated = (_number(found, key) for key in ("looping", "reference_looping", "repeated"))
+    beside = "" if before is None else f"; of the reference's {percent(before)}"
+    yield (
+        f"Of {found['prompts'].integer()} greedy continuations by {escape(Path(root['model'].string()).name)}, "
+        f"{percent(looping)} ended in a loop{beside}. "
+        f"{percent(repeated)} of its runs of four tokens had occurred before."
+    )
 
 
 def _number(node: Node, key: str) -> float | None:
