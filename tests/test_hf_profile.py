@@ -442,6 +442,38 @@ def test_without_the_extra(tmp_path: Path) -> None:
     ]
 
 
+def test_nf4(tmp_path: Path) -> None:
+    """The experts and the other matrices in four bits, the routers as they are: the numbers of the model with the rounded weights."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        absent("bitsandbytes is not installed: pip install bitsandbytes")
+    import copy
+
+    import torch
+
+    import checkpoint_models
+
+    checkpoint = checkpoint_models.save(built("nemotronh"), tmp_path / "hf")
+    profile = hf.profile(checkpoint, lines(), ctx_size=128, dtype="float32", load_in_4bit=True)
+    assert profile.engine["options"]["weights"] == ["float32", "nf4"]
+    rounded = copy.deepcopy(built("nemotronh"))
+    changed = 0
+    for name, tensor in rounded.model.layers.named_parameters():
+        matrix = tensor.dim() == 2 and name.endswith("_proj.weight")
+        if matrix or name.endswith(("experts.up_proj", "experts.down_proj")):
+            packed, state = bitsandbytes.functional.quantize_4bit(tensor.data, compress_statistics=True, quant_type="nf4")
+            tensor.data = bitsandbytes.functional.dequantize_4bit(packed, state)
+            changed += 1
+    assert changed > 8
+    expected = hf.profile(rounded, lines(), ctx_size=128)
+    np.testing.assert_array_equal(profile.counts, expected.counts)
+    for field in SUMS:
+        np.testing.assert_allclose(getattr(profile, field), getattr(expected, field), rtol=1e-5)
+    whole = hf.profile(checkpoint, lines(), ctx_size=128)
+    assert not torch.equal(torch.tensor(whole.norm_sum), torch.tensor(profile.norm_sum))
+
+
 # ---- both halves
 
 
@@ -469,3 +501,70 @@ def test_both_halves_agree(name: str, tmp_path: Path) -> None:
         hf.profile(checkpoint, [text]).counts.tolist()
         == reap.profile(gguf, [text], type_k="f32", type_v="f32", flash_attn="off").counts.tolist()
     )
+
+
+# ---- models larger than memory
+
+
+def test_streaming_is_the_same(family: str, calibration: Path, tmp_path: Path) -> None:
+    """One layer in memory at a time gives what the whole model gives."""
+    import checkpoint_models
+
+    checkpoint = checkpoint_models.save(built(family), tmp_path / "hf")
+    compare(f"{family}, streamed", hf.profile(checkpoint, calibration, ctx_size=128, stream=True), truth(family))
+
+
+def test_streaming_holds_one_layer(folder: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between loads no decoder layer has weights; rounds and interruptions leave whole units, and no thread."""
+    import threading
+
+    from reap.hf import streaming
+
+    monkeypatch.setattr(streaming, "ROUND_TOKENS", 60)  # several rounds
+    loaded: list[list[int]] = []
+    load = streaming.LayerStore.load
+
+    def counting_load(self: Any, layer: int | None) -> None:
+        load(self, layer)
+        if layer is not None:
+            held = [number for number, part in enumerate(self.layers) if any(p.device.type != "meta" for p in part.parameters())]
+            loaded.append(held)
+
+    monkeypatch.setattr(streaming.LayerStore, "load", counting_load)
+    before = threading.active_count()
+    profile = hf.profile(folder, calibration, ctx_size=128, stream=True)
+    compare("rounds", profile, truth("nemotronh"))
+    assert loaded == [[0], [1], [2], [3]] * (len(loaded) // 4)
+    assert len(loaded) > 4
+
+    seen = 0
+
+    def interrupt(_step: reap.Progress) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 6:  # in the second round
+            raise KeyboardInterrupt
+
+    kept = calibration.with_name("streamed.json")
+    options: dict[str, Any] = {"ctx_size": 128, "stream": True, "checkpoint": kept, "checkpoint_seconds": 0.0}
+    with pytest.raises(Interrupted, match="stopped after"):
+        hf.profile(folder, calibration, progress=interrupt, **options)
+    assert 0 < json.loads(kept.read_text())["units"] < len(samples())
+    assert threading.active_count() == before
+    resumed = hf.profile(folder, calibration, resume=True, **options)
+    for field in ("counts", *SUMS):
+        np.testing.assert_array_equal(getattr(resumed, field), getattr(profile, field))
+
+
+def test_streaming_says_what_is_missing(folder: Path, calibration: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "layers.1." in name and "gate.weight" in name)
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(EngineError, match=r"has no weights for model\.layers\.1\.mixer\.gate\.weight"):
+        hf.profile(tmp_path, calibration, ctx_size=128, stream=True)
+    with pytest.raises(UsageError, match="three ways to load a model"):
+        hf.profile(folder, calibration, stream=True, device_map="auto")

@@ -23,7 +23,7 @@ class LoadOptions:
     device        "cpu", "cuda", "cuda:1", "mps"; None: the best there is
     dtype         of the weights: "auto" (as stored), "float32", "bfloat16", "float16"
     device_map    accelerate's: "auto", or a map of modules to devices, "cpu" and "disk" among them; not together with device
-    load_in_4bit  quantise matrices to NF4 as they are loaded (bitsandbytes)
+    load_in_4bit  quantise the layers' matrices, the experts' among them, to NF4 as they are loaded, one layer at a time (bitsandbytes)
     stream        one decoder layer in memory at a time
     """
 
@@ -40,8 +40,8 @@ class LoadOptions:
             raise UsageError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if self.device is not None and self.device_map is not None:
             raise UsageError("device and device_map exclude each other")
-        if self.stream and (self.device_map is not None or self.load_in_4bit):
-            raise UsageError("stream keeps one layer in memory at a time; it works with neither device_map nor load_in_4bit")
+        if sum((self.stream, self.device_map is not None, self.load_in_4bit)) > 1:
+            raise UsageError("device_map, load_in_4bit and stream are three ways to load a model and exclude each other")
         require_extra("working on a checkpoint", "torch", "transformers", "safetensors")
         if self.device_map is not None or self.load_in_4bit or self.stream:
             require_package("loading a model this way", "accelerate")
@@ -89,7 +89,7 @@ def load_config(folder: Path, options: LoadOptions) -> Any:
     """The configuration, as transformers reads it."""
     import transformers
 
-    with _translated(folder):
+    with translated(folder):
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code, local_files_only=True)
 
 
@@ -102,11 +102,7 @@ def load_model(folder: Path, options: LoadOptions) -> Any:
     named: dict[str, Any] = {"dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)}
     if options.device_map is not None:
         named["device_map"] = options.device_map
-    elif options.load_in_4bit:
-        named["device_map"] = {"": best_device(options.device)}
-    if options.load_in_4bit:
-        named["quantization_config"] = _nf4()
-    with _translated(folder):
+    with translated(folder):
         model = auto_class(config).from_pretrained(
             folder, config=config, use_safetensors=True, local_files_only=True, trust_remote_code=options.trust_remote_code, **named
         )
@@ -149,20 +145,12 @@ def load_tokenizer(folder: Path, options: LoadOptions) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
     if not any((folder / name).is_file() for name in names):
         return None
-    with _translated(folder):
+    with translated(folder):
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code, local_files_only=True)
 
 
-def _nf4() -> Any:
-    import torch
-    import transformers
-
-    config: Any = transformers.BitsAndBytesConfig
-    return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-
-
 @contextmanager
-def _translated(folder: Path) -> Iterator[None]:
+def translated(folder: Path) -> Iterator[None]:
     """transformers' errors as ours, in one sentence; its progress bars off."""
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging

@@ -23,6 +23,7 @@ from reap.version import version
 
 if TYPE_CHECKING:
     from reap.hf.sessions import ModelSession
+    from reap.hf.streaming import LayerStore
     from reap.hf.structure import MoELayer
 
 
@@ -91,11 +92,12 @@ def profile(
 class _Subject:
     """What is measured: a model, its layers and its tokenizer, and what is known of them."""
 
-    def __init__(self, model: Any, name: str, tokenizer: Any, folder: Path | None) -> None:
+    def __init__(self, model: Any, name: str, tokenizer: Any, folder: Path | None, store: LayerStore | None = None) -> None:
         from reap.hf.structure import find_moe_layers, text_config
 
-        self.model, self.name, self.folder = model, name, folder
-        self.layers: list[MoELayer] = list(find_moe_layers(model).values())
+        self.model, self.name, self.folder, self.store = model, name, folder, store
+        # once quantised, experts no longer have the shapes by which they are found
+        self.layers: list[MoELayer] = store.moe_layers if store else list(find_moe_layers(model).values())
         self.config = text_config(getattr(model, "config", None))
         self.tokenizer = HFTokenizer(tokenizer, _vocabulary(model, self.config))
 
@@ -149,7 +151,7 @@ class _Subject:
         import torch
         import transformers
 
-        weights = {str(tensor.dtype).removeprefix("torch.") for tensor in self.model.parameters()}
+        weights = {"nf4" if tensor.dtype == torch.uint8 else str(tensor.dtype).removeprefix("torch.") for tensor in self.model.parameters()}
         record = {**options.record(), "weights": sorted(weights), "experts_implementation": self._implementation()}
         return {"reap": version(), "torch": torch.__version__, "transformers": transformers.__version__, "options": record}
 
@@ -177,7 +179,15 @@ def _from_folder(path: str | os.PathLike[str], options: LoadOptions, tokenizer: 
     folder = Path(path)
     check_folder(folder)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder, options)
-    return _Subject(load_model(folder, options), folder.resolve().name, tokenizer, folder)
+    name = folder.resolve().name
+    if not (options.stream or options.load_in_4bit):
+        return _Subject(load_model(folder, options), name, tokenizer, folder)
+    from reap.hf.streaming import LayerStore
+
+    store = LayerStore(folder, options)
+    if options.load_in_4bit:
+        store.load_in_4bit()
+    return _Subject(store.model, name, tokenizer, folder, store)
 
 
 def _in_memory(model: Any, options: LoadOptions, tokenizer: Any) -> _Subject:
@@ -195,11 +205,12 @@ def _in_memory(model: Any, options: LoadOptions, tokenizer: Any) -> _Subject:
 
 def _measure(subject: _Subject, source: Calibration, keeper: Checkpoint | None, batch_size: int, progress: ProgressCallback | None) -> Run:
     state = keeper.load() if keeper else None
-    session = _open_session(subject, batch_size)
-    run = Run(session, subject.tokenizer, source, keeper, progress)
+    session = _open_session(subject, source, batch_size, progress)
+    run = Run(session, subject.tokenizer, source, keeper, None if session.reports else progress)
     try:
         with _evaluating(subject.model):
             run.go(state or State())
+            session.finish()
     except KeyboardInterrupt as interrupt:
         if keeper is None:
             raise
@@ -212,12 +223,17 @@ def _measure(subject: _Subject, source: Calibration, keeper: Checkpoint | None, 
     return run
 
 
-def _open_session(subject: _Subject, batch_size: int) -> ModelSession:
+def _open_session(subject: _Subject, source: Calibration, batch_size: int, progress: ProgressCallback | None) -> ModelSession:
     from reap.hf.sessions import ModelSession
 
-    return ModelSession(
-        subject.model, subject.layers, batch_size=batch_size, n_sequences=SHARED_SEQUENCES, pad_token=subject.tokenizer.eos or 0
-    )
+    sizes = {"batch_size": batch_size, "n_sequences": SHARED_SEQUENCES, "pad_token": subject.tokenizer.eos or 0}
+    if subject.store is None or not subject.store.is_streamed:
+        return ModelSession(subject.model, subject.layers, **sizes)
+    from reap.hf.streaming import StreamingSession
+
+    session = StreamingSession(subject.store, subject.layers, progress, **sizes)
+    session.estimate = source.estimated_tokens
+    return session
 
 
 def _vocabulary(model: Any, config: Any) -> int:
