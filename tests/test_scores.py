@@ -445,3 +445,12 @@ def test_compare_of_equal_scores_has_no_correlation() -> None:
 def test_compare_refuses_another_model() -> None:
     with pytest.raises(MismatchError, match="different models"):
         compare(make_profile(), make_profile(model={"fingerprint": "sha256:1"}))
+
+
+def test_the_two_forms_of_a_model_compare_but_do_not_add_up() -> None:
+    checkpoint = make_profile(model={"fingerprint": "hf-sha256:" + "1" * 64, "n_experts_used": 2})
+    assert compare(make_profile(), checkpoint).overlap == 1
+    with pytest.raises(MismatchError, match="different models"):
+        merge([make_profile(), checkpoint])
+    with pytest.raises(MismatchError, match="n_experts_used is 2 in tiny and 3 in tiny"):
+        compare(make_profile(), make_profile(model={"fingerprint": "hf-sha256:" + "1" * 64, "n_experts_used": 3}))

@@ -43,13 +43,28 @@ def merge(profiles: Iterable[Profile | str | os.PathLike[str]]) -> Profile:
     return Profile(**_add(loaded), **records, parts=parts)
 
 
-def require_same_model(a: Profile, b: Profile) -> None:
-    """MismatchError where two profiles are not of one model: fingerprint, layers and expert counts."""
+_STRUCTURE = ("n_experts_used", "n_groups", "n_groups_used", "n_embd")
+
+
+def require_same_model(a: Profile, b: Profile, *, any_form: bool = False) -> None:
+    """MismatchError where two profiles are not of one model: fingerprint, layers and expert counts.
+
+    any_form: one may be of the GGUF file and the other of the checkpoint, whose fingerprints say nothing about each other; then what
+    both know of the model's structure is compared.
+    """
     if a.n_experts != b.n_experts:
         raise MismatchError(f"the profiles are of different models: {a.n_experts} experts and {b.n_experts}")
     if not np.array_equal(a.layers, b.layers):
         raise MismatchError(f"the profiles have different MoE layers: {span(a.layers)} and {span(b.layers)}")
     ours, theirs = a.model.get("fingerprint"), b.model.get("fingerprint")
+    if any_form and ours and theirs and ours.partition(":")[0] != theirs.partition(":")[0]:
+        for key in _STRUCTURE:
+            mine, other = a.model.get(key), b.model.get(key)
+            if mine and other and mine != other:
+                raise MismatchError(
+                    f"the profiles are of different models: {key} is {mine} in {_model_name(a)} and {other} in {_model_name(b)}"
+                )
+        return
     if ours and theirs and ours != theirs:
         raise MismatchError(f"the profiles are of different models: {_model_name(a)} ({ours[:19]}) and {_model_name(b)} ({theirs[:19]})")
 
@@ -155,10 +170,11 @@ def compare(
 ) -> Comparison:
     """How far two profiles of one model agree: rank correlation of the scores and overlap of the kept sets, per layer.
 
-    An expert that was never routed to ranks below every other. MismatchError where layers, expert counts or models differ.
+    One may be of a GGUF file and the other of the checkpoint that it was made of. An expert that was never routed to ranks below
+    every other. MismatchError where layers, expert counts or models differ.
     """
     first, second = (item if isinstance(item, Profile) else Profile.load(item) for item in (a, b))
-    require_same_model(first, second)
+    require_same_model(first, second, any_form=True)
     number = resolve_keep(keep, first.n_experts, first.n_groups)
     scores = first.score(metric, seed=seed), second.score(metric, seed=seed)
     layers = []
