@@ -211,7 +211,8 @@ def where_reap_is_not_first(found: Sequence[Result], keeps: Sequence[float], dom
             f"  keep {keep:.0%}, calibrated on {calibrated}, judged on {domain}: {best.name} is {sure} better, "
             f"by {math.expm1(margin.mean):.1%} ± {math.exp(margin.mean) * margin.stderr:.1%}"
         )
-    yield f"\nreap comes first in {first} of {len(cases)} cases; in {clear} another criterion is better by more than two standard errors:"
+    yield f"\nreap comes first of {len(CRITERIA)} in {first} of {len(cases)} cases; in {clear} another is better by more than two "
+    yield "standard errors (the first of so many, named on the very text, is a little flattered):"
     yield from lines
 
 

@@ -352,12 +352,13 @@ def refine(
     before_reference = time.monotonic()
     judge.reference()
     now = time.monotonic()
+    n_trunk_layers = judge.info.n_layers - judge.info.n_prediction_layers  # a prediction block does not run, so its experts show no worth
     # the beginning and the end are scored on the whole text
     budget = _Budget(started, seconds, 2.2 * (now - before_reference), math.inf if max_passes is None else max_passes, progress)
     search = Search(
         partial(_divergence, judge),
         len(judge.text.windows),
-        {name: made.layers for name, made in plans.items()},
+        {name: {layer: kept for layer, kept in made.layers.items() if layer < n_trunk_layers} for name, made in plans.items()},
         _mean_ranks(source, names, seed),
         {int(layer): set(ids) for layer, ids in first.options["protected"].items()},
         source.n_groups,
@@ -476,10 +477,11 @@ def _described(first: PrunePlan, search: Search, judge: Judge, seconds: float) -
         "text_sha256": digests,
         "ctx_size": text.ctx_size,
     }
-    super_experts = [{**found, "kept": found["expert"] in search.kept[found["layer"]]} for found in first.options["super_experts"]]
+    layers = {**first.layers, **search.kept}
+    super_experts = [{**found, "kept": found["expert"] in layers[found["layer"]]} for found in first.options["super_experts"]]
     calibration = {
         key: [*first.calibration.get(key, ()), *(item for item in items if item not in first.calibration.get(key, ()))]
         for key, items in (("files", list(text.files)), ("sha256", digests))
     }
     options = {**first.options, "super_experts": super_experts, "refined": record}
-    return replace(first, metric=f"{first.metric}+refined", layers=dict(search.kept), calibration=calibration, options=options)
+    return replace(first, metric=f"{first.metric}+refined", layers=layers, calibration=calibration, options=options)
