@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -16,9 +17,10 @@ import pytest
 import reap
 from browser import Browser, browser
 from profiles import large_profile, make_profile, reference_document
-from reap.errors import FormatError, MismatchError, OutputError, ReapWarning, UsageError
-from reap.html_report.sweep_rows import domains_of, points_of, read_sweep
+from reap.errors import MismatchError, OutputError, ReapWarning, UsageError
+from reap.html_report.sweep_points import points_of
 from reap.scores import Profile
+from reap.sweep_table import Sweep, SweepRow, Verdict
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=2">{{ 7*7 }}<!--\u2028\'"'
@@ -58,22 +60,22 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def document(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {"format": "reap.sweep", "version": 1, "rows": rows, **more}
+def row(metric: str, keep: int, perplexity: float, **more: Any) -> SweepRow:
+    loss = math.log(perplexity / 10)
+    base: dict[str, Any] = dict(seed=None, bytes=100 * keep, domain=None, tokens=50, stderr=0.5, kl_mean=0.1, top1=0.9)
+    return SweepRow(metric=metric, keep=keep, perplexity=perplexity, loss_increase=loss, loss_increase_stderr=0.01, **(base | more))
 
 
-def row(metric: str, keep: int, perplexity: float, **more: Any) -> dict[str, Any]:
-    figures = {"stderr": 0.5, "kl_mean": 0.1, "top1": 0.9}
-    return {"metric": metric, "seed": None, "keep": keep, "bytes": 100 * keep, "domain": None, "perplexity": perplexity, **figures, **more}
-
-
-ROWS = [
-    row("baseline", 8, 10.0),
-    row("reap", 4, 12.0),
-    row("random", 4, 20.0, seed=0),
-    row("random", 4, 24.0, seed=1),
-    row("reap", 4, 11.0, domain="code", stderr=None, kl_mean=None, top1=None),
-]
+def table(n_experts: int = 8, **more: Any) -> Sweep:
+    half = n_experts // 2
+    rows = (
+        row("baseline", n_experts, 10.0),
+        row("reap", half, 12.0),
+        row("random", half, 20.0, seed=0),
+        row("random", half, 24.0, seed=1),
+        row("reap", half, 11.0, domain="code", stderr=math.nan, kl_mean=math.nan, top1=math.nan),
+    )
+    return Sweep(**({"rows": rows} | more))
 
 
 # ---- what is on a page
@@ -158,9 +160,8 @@ def test_super_experts_and_rare_ones_are_named(tmp_path: Path) -> None:
 
 
 def test_quality_and_size(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.json"
-    best = [{"keep": 4, "domain": None, "metric": "reap", "runner_up": "random", "margin": 0.6, "spread": 0.1, "clear": False}]
-    path.write_text(json.dumps(document(ROWS, best=best, warnings=["the texts overlap"])))
+    best = Verdict(keep=4, domain=None, metric="reap", runner_up="random", margin=0.6, spread=0.1, clear=False)
+    path = table(verdicts=(best,), warnings=("the texts overlap",)).save(tmp_path / "sweep.json")
     page = Page(reap.report(make_profile(), tmp_path / "r.html", sweep=path))
     assert list(page.data["figures"])[6:8] == ["quality", "quality-1"]
     whole = page.data["figures"]["quality"]
@@ -169,34 +170,18 @@ def test_quality_and_size(tmp_path: Path) -> None:
     assert "Quality and size: code" in page.text
     assert "the texts overlap" in page.text
     assert "20 to 24" in page.text
+    assert "20.00% ± 1.20%" in page.text
 
 
 def test_points_are_means_over_the_seeds() -> None:
-    rows = read_sweep(ROWS).rows
-    assert domains_of(rows) == ["", "code"]
-    points = points_of(rows, "")
+    points = points_of(table(), None)
     (random,) = points["random"]
     assert (random.perplexity, random.spread, random.stderr) == (22.0, (20.0, 24.0), 0.5)
     assert points["reap"][0].spread is None
-    assert read_sweep({"rows": ROWS, "model": {"fingerprint": "x"}}).fingerprint == "x"
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"metric": "reap"}], "lacks \"keep\""),
-        ([{"metric": "reap", "keep": 0}], "keep should be an integer from 1"),
-        ([{"metric": 3, "keep": 1}], "metric should be a string"),
-        ([{"metric": "reap", "keep": 1, "perplexity": "low"}], "perplexity should be a number"),
-        ([{"metric": "reap", "keep": 1, "bytes": -5}], "bytes should be an integer"),
-    ],
-)  # fmt: skip
-def test_a_damaged_sweep(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
-    path = tmp_path / "sweep.json"
-    path.write_text(json.dumps(document(rows)))
-    with pytest.raises(FormatError, match=message):
-        reap.report(make_profile(), tmp_path / "r.html", sweep=path)
-    assert not (tmp_path / "r.html").exists()
+    assert points["reap"][0].rise == pytest.approx(0.2)
+    (code,) = points_of(table(), "code")["reap"]
+    assert code.perplexity == 11.0
+    assert math.isnan(code.kl_mean)
 
 
 # ---- what does not belong together, what cannot be written
@@ -210,11 +195,11 @@ def test_files_of_other_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="the profile is of a model with fingerprint"):
         reap.report(profile, output, model=MODEL)
     with pytest.raises(MismatchError, match="but the sweep of one with"):
-        reap.report(profile, output, sweep=document(ROWS, model={"fingerprint": "sha256:2"}))
+        reap.report(profile, output, sweep=table(model={"fingerprint": "sha256:2"}))
     with pytest.raises(UsageError, match="cannot read the profile"):
         reap.report(tmp_path / "absent.json", output)
-    with pytest.raises(UsageError, match="a sweep should be"):
-        reap.report(profile, output, sweep=3)
+    with pytest.raises(UsageError, match="cannot read the sweep"):
+        reap.report(profile, output, sweep=tmp_path / "absent.json")
     assert not output.exists()
     with pytest.raises(OutputError, match="cannot be written"):
         reap.report(profile, tmp_path / "absent" / "r.html")
@@ -229,10 +214,14 @@ def hostile_profile() -> Profile:
     return make_profile(domains=(HOSTILE, "b"), model=model, calibration=calibration)
 
 
+def hostile_table() -> Sweep:
+    rows = (row("baseline", 8, 10.0), row(HOSTILE, 4, 12.0, domain=HOSTILE), row("random", 4, 20.0, domain=HOSTILE))
+    return table(rows=rows, warnings=(HOSTILE,))
+
+
 def test_nothing_of_a_stranger_becomes_markup(tmp_path: Path) -> None:
-    rows = [{**ROWS[1], "metric": HOSTILE, "domain": HOSTILE}]
-    harmless = Page(reap.report(make_profile(domains=("a", "b")), tmp_path / "h.html", sweep=[{**ROWS[1], "domain": "a"}]))
-    path = reap.report(hostile_profile(), tmp_path / "r.html", sweep=rows)
+    harmless = Page(reap.report(make_profile(domains=("a", "b")), tmp_path / "h.html", sweep=table()))
+    path = reap.report(hostile_profile(), tmp_path / "r.html", sweep=hostile_table())
     page = Page(path)
     assert page.tags.count("script") == harmless.tags.count("script") == 3
     assert "img" not in page.tags
@@ -321,8 +310,7 @@ def opened(chromium: Browser, path: Path, **options: Any) -> None:
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("report") / "r.html"
-    rows = [{**one, "keep": one["keep"] * 4} for one in ROWS]
-    return reap.report(EXAMPLES / "expert_stats_reap.json", output, plan=EXAMPLES / "plan-50.json", model=MODEL, sweep=rows)
+    return reap.report(EXAMPLES / "expert_stats_reap.json", output, plan=EXAMPLES / "plan-50.json", model=MODEL, sweep=table(32))
 
 
 def test_the_page_draws_and_is_quiet(chromium: Browser, example: Path) -> None:
@@ -448,8 +436,7 @@ def test_paper(chromium: Browser, example: Path, tmp_path: Path) -> None:
 
 
 def test_hostile_names_do_nothing(chromium: Browser, tmp_path: Path) -> None:
-    rows = [{**ROWS[1], "metric": HOSTILE, "domain": HOSTILE}, {**ROWS[2], "domain": HOSTILE}]
-    opened(chromium, reap.report(hostile_profile(), tmp_path / "r.html", sweep=rows))
+    opened(chromium, reap.report(hostile_profile(), tmp_path / "r.html", sweep=hostile_table()))
     chromium.point_at(*cell(chromium, 1, 3))
     chromium.wait("return document.querySelector('#readout').textContent.includes('expert 3')")
     assert chromium.run("return window.hacked") is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from profiles import make_profile
 from reap.errors import FormatError, MismatchError, UsageError
 from reap.html_report.card import escape
 from reap.scores import Profile
+from reap.sweep_table import SweepRow
 
 
 @pytest.fixture
@@ -42,10 +45,10 @@ def test_the_card_says_what_the_file_says(source: Path, pruned: Path, tmp_path: 
     loops = {"prompts": 8, "looping": 0.25, "reference_looping": 0.125, "repeated": 0.4}
     evaluation.write_text(json.dumps(files | figures | compared | {"domains": {"c": figures}, "loops": loops}))
     info, before = reap.inspect(pruned), reap.inspect(source)
-    rows = [
-        {"metric": "random", "keep": info.n_experts, "perplexity": 99.5, "domain": None},
-        {"metric": "reap", "keep": 1, "perplexity": 1},
-    ]
+    unknown: dict[str, Any] = dict.fromkeys(("stderr", "kl_mean", "top1", "loss_increase", "loss_increase_stderr"), math.nan)
+    same = {"seed": None, "bytes": 100, "domain": None, "tokens": 1} | unknown
+    keeps = [("baseline", before.n_experts), ("random", info.n_experts), ("reap", 1)]
+    table = reap.Sweep(rows=tuple(SweepRow(metric=metric, keep=keep, perplexity=99.5, **same) for metric, keep in keeps))
     output = tmp_path / "MODEL_CARD.md"
     made = reap.model_card(
         pruned,
@@ -53,7 +56,7 @@ def test_the_card_says_what_the_file_says(source: Path, pruned: Path, tmp_path: 
         source=source,
         profile=profile_of(source),
         evaluations=[evaluation],
-        sweep=rows,
+        sweep=table,
         base_model="somebody/model",
         license="mit",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from reap.errors import OutputError, ReapError
 if TYPE_CHECKING:
     from reap.evaluator import Evaluation
     from reap.scores import Profile
+    from reap.sweep_table import SweepRow
 
 KEEPS = (0.75, 0.5, 0.25)
 METRICS = ("reap", "frequency", "random")
@@ -38,10 +40,17 @@ class _Row:
     seconds: float
 
     @property
-    def sweep_rows(self) -> list[dict[str, Any]]:
-        """As the rows of a sweep."""
-        base = {"metric": self.metric, "keep": self.keep, "bytes": self.n_bytes}
-        return [base | {"domain": name, "perplexity": it.perplexity, "stderr": it.stderr} for name, it in self.evaluations.items()]
+    def sweep_rows(self) -> list[SweepRow]:
+        """As the rows of a sweep; what was not measured is NaN."""
+        from reap.sweep_table import SweepRow
+
+        unknown = dict.fromkeys(("kl_mean", "top1", "loss_increase", "loss_increase_stderr"), math.nan)
+        seed = 0 if self.metric == "random" else None
+        same: dict[str, Any] = {"metric": self.metric, "seed": seed, "keep": self.keep, "bytes": self.n_bytes, **unknown}
+        return [
+            SweepRow(domain=name, tokens=it.tokens, perplexity=it.perplexity, stderr=it.stderr, **same)
+            for name, it in self.evaluations.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,8 @@ def demo(
     for keep in KEEPS:
         rows += _prune_and_evaluate(work, profile, keep)
     say(f"\n$ reap report {work.profile} --plan {work.plan(0.5)} --model {work.model} -o {work.report}")
-    reap.report(profile, work.report, plan=work.plan(0.5), model=work.model, sweep=[row for model in rows for row in model.sweep_rows])
+    table = reap.Sweep(rows=tuple(row for model in rows for row in model.sweep_rows))
+    reap.report(profile, work.report, plan=work.plan(0.5), model=work.model, sweep=table)
     columns = ["model", "size", *(f"perplexity, {domain}" for domain in DOMAINS), "seconds"]
     say("")
     print_table(columns, [_cells(row, info.n_experts) for row in rows])

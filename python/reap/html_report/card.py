@@ -14,11 +14,11 @@ from reap.errors import MismatchError, UsageError
 from reap.gguf.experts import gates_depend_on_all
 from reap.gguf.reader import GGUFModel
 from reap.html_report.page import environment, number, percent
-from reap.html_report.sweep_rows import SweepSource, read_sweep
 from reap.inspector import ModelInfo, inspect
 from reap.jsonfile import Node, read_json, write_whole
 from reap.memory import describe_fit
 from reap.scores import Profile
+from reap.sweep_table import Sweep
 from reap.wording import bytes_text, ranges_text
 
 _MAX_BYTES = 64 << 20
@@ -34,7 +34,7 @@ def model_card(
     source: PathLike | None = None,
     profile: Profile | PathLike | None = None,
     evaluations: Sequence[PathLike] = (),
-    sweep: SweepSource | None = None,
+    sweep: Sweep | PathLike | None = None,
     base_model: str | None = None,
     license: str | None = None,
 ) -> Path:
@@ -44,7 +44,7 @@ def model_card(
     source       the model before: its size, checked by fingerprint
     profile      what the plan was made of: names the calibration
     evaluations  files of `reap evaluate --json`, of the pruned model and of its source
-    sweep        a file of `reap sweep`
+    sweep        what `reap.sweep` returned, or the file of it
     base_model   name of the source on a hub; license: its identifier there
 
     Raises UsageError for a file that no `prune` wrote or that cannot be read, MismatchError for a source of another model, FormatError
@@ -203,9 +203,10 @@ def _number(node: Node, key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _sweep_rows(sweep: SweepSource, keep: int, n_source: int) -> list[list[str]]:
+def _sweep_rows(sweep: Sweep | PathLike, keep: int, n_source: int) -> list[list[str]]:
     """Of this size, and of the whole model where the sweep has it."""
-    rows = [row for row in read_sweep(sweep).rows if row.keep in (keep, n_source)]
+    table = sweep if isinstance(sweep, Sweep) else Sweep.load(sweep)
+    rows = [row for row in table.rows if row.keep in (keep, n_source)]
     return [
         [
             escape(row.metric if row.keep < n_source else "all experts"),

@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from reap.html_report.sweep_rows import SweepPoint
+from reap.html_report.sweep_points import SweepPoint
 from reap.memory import GIB, MEMORY_GB
 from reap.ranking import order_experts
 from reap.scores import Floats, Profile
@@ -259,21 +259,17 @@ def matrix(names: Sequence[str], values: Floats, chance: float, what: str) -> An
 
 def sweep_curve(points: Mapping[str, Sequence[SweepPoint]], baseline: float | None = None) -> Any:
     """Perplexity against size, one line for each metric; bars are standard errors, or the range over the seeds."""
-    known = [point for group in points.values() for point in group]
-    sizes = [point.n_bytes for point in known if point.n_bytes]
-    by_bytes = len(sizes) == len(known)
-    unit, name = _unit(max(sizes)) if by_bytes else (1, "")
+    unit, name = _unit(max(point.n_bytes for group in points.values() for point in group))
     traces = []
     for index, (metric, group) in enumerate(points.items()):
-        x = [(point.n_bytes or 0) / unit if by_bytes else point.keep for point in group]
+        x = [point.n_bytes / unit for point in group]
         y = [point.perplexity for point in group]
-        plus = [point.spread[1] - point.perplexity if point.spread else point.stderr or 0 for point in group]
-        minus = [point.perplexity - point.spread[0] if point.spread else point.stderr or 0 for point in group]
+        plus = [point.spread[1] - point.perplexity if point.spread else np.nan_to_num(point.stderr) for point in group]
+        minus = [point.perplexity - point.spread[0] if point.spread else np.nan_to_num(point.stderr) for point in group]
         error = dict(type="data", array=plus, arrayminus=minus, symmetric=False, thickness=1, width=4)
         hover = "%{customdata} experts: perplexity %{y:.4g}"
         traces.append(line(x, y, safe(metric), index, error_y=error, customdata=[point.keep for point in group], hovertemplate=hover))
-    axis = dict(title=f"size ({name})" if by_bytes else "experts kept")
-    made = figure(*traces, xaxis=axis, yaxis=dict(title="perplexity (lower is better)"))
+    made = figure(*traces, xaxis=dict(title=f"size ({name})"), yaxis=dict(title="perplexity (lower is better)"))
     if baseline is not None:
         made.add_hline(y=baseline, line=dict(dash="dot", color=GREY), annotation_text="all experts", annotation_position="bottom right")
     return made

@@ -14,7 +14,7 @@ import numpy as np
 from reap.errors import MismatchError
 from reap.html_report import figures
 from reap.html_report.page import Page, Section, Table, number, packed, percent, write_page
-from reap.html_report.sweep_rows import SweepData, SweepPoint, SweepSource, SweepVerdict, domains_of, points_of, read_sweep
+from reap.html_report.sweep_points import SweepPoint, points_of
 from reap.inspector import ModelInfo, inspect
 from reap.memory import Fit, describe_fit, fits
 from reap.planner import PrunePlan, super_experts
@@ -40,6 +40,7 @@ from reap.summaries import (
     random_share,
     require_plan_of,
 )
+from reap.sweep_table import Sweep, Verdict
 from reap.wording import bytes_text
 
 UNTRUSTED = (
@@ -59,13 +60,13 @@ def report(
     output: PathLike,
     *,
     plan: PrunePlan | PathLike | None = None,
-    sweep: SweepSource | None = None,
+    sweep: Sweep | PathLike | None = None,
     model: PathLike | None = None,
 ) -> Path:
     """Write one HTML file that shows what a profile says; it opens without a connection. Returns its path.
 
     plan   the experts that stay; without one the page shows, and says so, what half of them by REAP would be
-    sweep  a file of `reap sweep`, or its document or rows: adds quality against size
+    sweep  what `reap.sweep` returned, or the file of it: adds quality against size
     model  the GGUF file: adds sizes before and after by kind of tensor, and which memory they fit into
 
     Raises UsageError where a file cannot be read, FormatError where one is damaged, MismatchError where they are not of one model,
@@ -75,10 +76,10 @@ def report(
     given = plan if plan is None or isinstance(plan, PrunePlan) else PrunePlan.load(plan)
     if given is not None:
         require_plan_of(source, given)
-    table = SweepData() if sweep is None else read_sweep(sweep)
-    ours = source.model.get("fingerprint")
-    if ours and table.fingerprint and table.fingerprint != ours:
-        raise MismatchError(f"the profile is of a model with fingerprint {ours}, but the sweep of one with {table.fingerprint}")
+    table = sweep if sweep is None or isinstance(sweep, Sweep) else Sweep.load(sweep)
+    ours, theirs = source.model.get("fingerprint"), None if table is None else table.model.get("fingerprint")
+    if ours and theirs and theirs != ours:
+        raise MismatchError(f"the profile is of a model with fingerprint {ours}, but the sweep of one with {theirs}")
     made = given or plan_of_half(source)
     info = None if model is None else inspect(model)
     if info is not None:
@@ -103,7 +104,7 @@ class _Report:
     profile: Profile
     plan: PrunePlan
     is_example: bool
-    sweep: SweepData
+    sweep: Sweep | None
     info: ModelInfo | None
     size: ModelSize | None
     file_name: str | None
@@ -163,8 +164,8 @@ class _Report:
         yield self.load()
         if self.removes:
             yield self.kept_mass()
-        if self.sweep.rows:
-            yield from self.quality()
+        if self.sweep is not None:
+            yield from self.quality(self.sweep)
         if self.size is not None:
             yield self.sizes(self.size)
             yield self.memory(self.size)
@@ -297,33 +298,23 @@ class _Report:
 
     # ---- quality and size
 
-    def quality(self) -> Iterator[Section]:
-        n_experts = self.profile.n_experts
-        for domain in domains_of(self.sweep.rows):
-            points = points_of(self.sweep.rows, domain)
-            if not points:
-                continue
-            whole = [point.perplexity for group in points.values() for point in group if point.keep >= n_experts]
-            curves = {metric: group for metric, group in points.items() if any(point.keep < n_experts for point in group)}
-            title = "Quality and size" + (f": {domain}" if domain else "")
-            figure = figures.sweep_curve(curves or points, whole[0] if whole else None)
-            is_first = domain == domains_of(self.sweep.rows)[0]
-            name = "quality" if is_first else f"quality-{domains_of(self.sweep.rows).index(domain)}"
-            lead = _QUALITY_LEAD if is_first else ""
-            notes = self.sweep.warnings if is_first else ()
+    def quality(self, sweep: Sweep) -> Iterator[Section]:
+        known = [(domain, points) for domain in (None, *sweep.domains) if (points := points_of(sweep, domain))]
+        for index, (domain, points) in enumerate(known):
+            whole = [point.perplexity for group in points.values() for point in group if point.keep >= self.profile.n_experts]
+            curves = {metric: group for metric, group in points.items() if any(point.keep < self.profile.n_experts for point in group)}
+            title = "Quality and size" + (f": {domain}" if domain is not None else "")
+            verdicts = [verdict for verdict in sweep.verdicts if verdict.domain == domain]
             yield Section(
-                name,
+                "quality" if index == 0 else f"quality-{index}",
                 title,
-                lead,
-                figure,
-                _best_by_size(points, self._verdicts(domain)),
+                "" if index else _QUALITY_LEAD,
+                figures.sweep_curve(curves or points, whole[0] if whole else None),
+                _best_by_size(points, verdicts),
                 _points_table(points),
-                notes,
-                navigation="Quality and size" if is_first else "",
+                () if index else sweep.warnings,
+                navigation="" if index else "Quality and size",
             )
-
-    def _verdicts(self, domain: str) -> list[SweepVerdict]:
-        return [verdict for verdict in self.sweep.verdicts if verdict.domain == domain]
 
     def sizes(self, size: ModelSize) -> Section:
         rows = [[item.name, bytes_text(item.n_bytes_before), bytes_text(item.n_bytes_after), str(item.n_tensors)] for item in size.classes]
@@ -475,7 +466,7 @@ def _left(fit: Fit) -> str:
     return "missing" if fit.bytes_left < 0 else "left"
 
 
-def _best_by_size(points: dict[str, list[SweepPoint]], verdicts: Sequence[SweepVerdict]) -> str:
+def _best_by_size(points: dict[str, list[SweepPoint]], verdicts: Sequence[Verdict]) -> str:
     """For each size the metric with the lowest perplexity, and by how much: as the sweep itself judged, where it did."""
     if verdicts:
         words = [
@@ -493,24 +484,37 @@ def _best_by_size(points: dict[str, list[SweepPoint]], verdicts: Sequence[SweepV
         ranked = sorted(candidates, key=lambda point: point.perplexity)
         if len(ranked) > 1:
             margin = ranked[1].perplexity - ranked[0].perplexity
-            error = f", standard error {number(ranked[0].stderr, 2)}" if ranked[0].stderr else ""
+            error = f", standard error {number(ranked[0].stderr, 2)}" if ranked[0].stderr > 0 else ""
             sentences.append(f"{keep} experts: {ranked[0].metric}, by {number(margin, 2)} before {ranked[1].metric}{error}")
     return ("Lowest perplexity at " + "; ".join(sentences) + ".") if sentences else "Perplexity by size."
 
 
 def _points_table(points: dict[str, list[SweepPoint]]) -> Table:
     rows = [
-        [metric, str(point.keep), "–" if point.n_bytes is None else bytes_text(point.n_bytes),
-         number(point.perplexity, 5), number(point.stderr, 2),
-         ""
-         "–" if point.spread is None else f"{number(point.spread[0])} to {number(point.spread[1])}",
-         number(point.kl_mean, 3), percent(point.top1, 1)]
+        [
+            metric,
+            str(point.keep),
+            bytes_text(point.n_bytes),
+            f"{number(point.perplexity, 5)} ± {number(point.stderr, 2)}",
+            "–" if point.spread is None else f"{number(point.spread[0])} to {number(point.spread[1])}",
+            f"{percent(point.rise, 2)} ± {percent(point.rise_error, 2)}",
+            number(point.kl_mean, 3),
+            percent(point.top1, 1),
+        ]
         for metric, group in points.items()
         for point in group
-    ]  # fmt: skip
-    return Table(
-        ["metric", "experts", "size", "perplexity", "standard error", "over the seeds", "mean KL divergence", "top-1 agreement"], rows
-    )
+    ]
+    columns = [
+        "metric",
+        "experts",
+        "size",
+        "perplexity",
+        "over the seeds",
+        "rise over all experts",
+        "mean KL divergence",
+        "top-1 agreement",
+    ]
+    return Table(columns, rows)
 
 
 def _ids(found: Any) -> str:
