@@ -25,7 +25,7 @@ from llama_tools import find_tool  # noqa: E402
 
 TARGET = ROOT / "docs" / "architectures.md"
 PROGRAMS = ("test-llama-archs", "reap-dump-nodes")
-COLUMNS = ("architecture", "MoE layers", "profiles", "counts exact", "loads after pruning", "same as virtual removal")
+COLUMNS = ("architecture", "MoE layers", "profiles", "counts exact", "loads after pruning", "same as removal by hand", "virtual = physical")
 
 INTRODUCTION = f"""# Architectures
 
@@ -42,8 +42,10 @@ tokenizer). For the {{n_moe}} that have experts, the experts are repeated with n
   and output and expert belong together because the output is computed again from the file's weights.
 - **loads after pruning**: `reap.prune` to {N_EXPERTS // 2} experts writes exactly the tensors that slicing by hand gives, the engine
   loads them, and the logits are finite.
-- **same as virtual removal**: those logits equal, to 1e-5 of the largest, the logits of the whole model in which the removed experts'
-  router values are −inf.
+- **same as removal by hand**: those logits equal, to 1e-5 of the largest, the logits of the whole model in which the same independent
+  program writes −inf over the removed experts' router values.
+- **virtual = physical**: those logits equal, to 1e-5 of the largest, the logits of reap's own virtual pruning (`Session.set_kept`), with
+  the same four ways of cutting batches, with the logits of all tokens and of the second half alone; lifted, it leaves nothing behind.
 
 Only samples count in which the last expert selected is ahead of the first one not selected by {LEAST_GAP:g} everywhere, so that equal
 counts are no matter of luck.
@@ -63,7 +65,7 @@ def measure(names: Sequence[str]) -> list[Outcome]:
 
 def cells(outcome: Outcome) -> tuple[str, ...]:
     """One line of the table."""
-    stages = (outcome.profiles, outcome.exact, outcome.loads_pruned, outcome.as_removed)
+    stages = (outcome.profiles, outcome.exact, outcome.loads_pruned, outcome.as_removed, outcome.virtual)
     words = {True: "yes", False: "**no**", None: "refused" if outcome.refusal and not outcome.problems else "**no**"}
     return (f"`{outcome.name}`", str(outcome.n_layers), *(words[stage] for stage in stages))
 

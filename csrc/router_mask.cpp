@@ -15,6 +15,13 @@ std::string in_layer(int layer) {
     return "layer " + std::to_string(layer) + ": ";
 }
 
+// Whether a node hands on the −inf of a masked source as it is, whatever its other source holds: a bias is added, or some of the tokens
+// are picked.
+bool hands_on(const ggml_tensor * tensor, const std::vector<const ggml_tensor *> & masked) {
+    const bool keeps_columns = tensor->op == GGML_OP_ADD || tensor->op == GGML_OP_GET_ROWS;
+    return keeps_columns && std::find(masked.begin(), masked.end(), tensor->src[0]) != masked.end();
+}
+
 // An input or a weight that `start` is computed from without passing through one of `masked`; null where there is none.
 const ggml_tensor * unmasked_source(const ggml_tensor * start, const std::vector<const ggml_tensor *> & masked) {
     std::set<const ggml_tensor *> visited(masked.begin(), masked.end());
@@ -22,7 +29,7 @@ const ggml_tensor * unmasked_source(const ggml_tensor * start, const std::vector
     while (!waiting.empty()) {
         const ggml_tensor * tensor = waiting.back();
         waiting.pop_back();
-        if (!visited.insert(tensor).second) {
+        if (!visited.insert(tensor).second || hands_on(tensor, masked)) {
             continue;
         }
         const bool is_leaf = std::all_of(std::begin(tensor->src), std::end(tensor->src), [](const ggml_tensor * s) { return s == nullptr; });

@@ -291,6 +291,9 @@ void Session::check_tokens(const int32_t * tokens, size_t n_tokens) const {
 }
 
 void Session::decode(llama_context * context, Collector & collector, const TokenBatch & batch, const int8_t * wanted, float * hidden) {
+    if (batch.n_tokens > static_cast<size_t>(options_.batch_size)) {
+        throw UsageError("a batch of " + std::to_string(batch.n_tokens) + " tokens is larger than batch-size, which is " + std::to_string(options_.batch_size));
+    }
     std::vector<int32_t> tokens(batch.tokens, batch.tokens + batch.n_tokens);
     std::vector<int32_t> positions(batch.positions, batch.positions + batch.n_tokens);
     std::vector<int32_t> sequences(batch.sequences, batch.sequences + batch.n_tokens);

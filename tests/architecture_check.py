@@ -38,6 +38,7 @@ class Outcome:
     exact: bool | None = None  # counts equal to those of the graph's own nodes, sums to 1e-5
     loads_pruned: bool | None = None  # half the experts removed, the file's tensors as expected, finite logits
     as_removed: bool | None = None  # those logits equal the whole model's with the same experts never selected
+    virtual: bool | None = None  # those logits equal the whole model's in a session told to keep the same experts, however batches are cut
     refusal: str = ""  # UnsupportedModelError's sentence, of profile() and of prune()
     n_layers: int = 0
     n_tokens: int = 0
@@ -46,7 +47,8 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        return self.profiles is self.exact is self.loads_pruned is self.as_removed is True and not self.problems
+        stages = (self.profiles, self.exact, self.loads_pruned, self.as_removed, self.virtual)
+        return all(stage is True for stage in stages) and not self.problems
 
 
 def check(name: str, parent: Path) -> Outcome:
@@ -195,6 +197,26 @@ class _Check:
         ok &= bool((again.counts.sum(axis=1) > 0).all()) or self.problem("not every layer of the pruned model runs")
         self.outcome.loads_pruned = ok
         self.outcome.as_removed = self.compare_removed(kept, found)
+        self.outcome.virtual = self.compare_virtual(kept, found)
+
+    def compare_virtual(self, kept: dict[int, list[int]], found: list[Any]) -> bool:
+        from reap.engine import EngineOptions, open_session
+
+        mine = {layer: ids for layer, ids in kept.items() if layer != self.prediction_layer}  # that block does not run here
+        ok = True
+        for batch, ubatch in WAYS:
+            session = open_session(self.model, EngineOptions(**ENGINE, batch_size=batch, ubatch_size=ubatch))
+            tokens = [np.array(sample, dtype=np.int32) for sample in self.samples[: len(found)]]
+            whole = session.logits(tokens[0], 0)
+            session.set_kept(mine)
+            for sample, logits in zip(tokens, found, strict=True):
+                ok &= self.agree("virtual", session.logits(sample, 0), logits, 1e-5)
+                # graphs drop the tokens whose logits nobody wants before the last layer, which then sees fewer than the others
+                ok &= self.agree("virtual", session.logits(sample, SAMPLE_TOKENS // 2), logits[SAMPLE_TOKENS // 2 :], 1e-5)
+            session.forward(tokens[0][:batch], False)  # one wanted token of a batch, of which there may be several ubatches
+            session.set_kept(None)
+            ok &= bool((session.logits(tokens[0], 0) == whole).all()) or self.problem("a mask that was lifted left something behind")
+        return ok
 
     def compare_removed(self, kept: dict[int, list[int]], found: list[Any]) -> bool:
         removed = {layer: [expert for expert in range(N_EXPERTS) if expert not in ids] for layer, ids in kept.items()}

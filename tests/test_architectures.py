@@ -53,6 +53,7 @@ def test_profiles_and_prunes(name: str, outcome_of: Callable[[str], Outcome]) ->
     assert outcome.exact
     assert outcome.loads_pruned
     assert outcome.as_removed
+    assert outcome.virtual
     assert outcome.n_tokens >= 64
 
 

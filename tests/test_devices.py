@@ -16,7 +16,9 @@ from gguf_builder import build_moe
 from reap.cli import main
 from reap.engine import EngineOptions, devices, open_session
 from reap.errors import EngineError, UsageError
+from reap.planner import PrunePlan
 from reap.profiler import profile
+from reap.pruner import prune
 
 EXACT = EngineOptions(ctx_size=512, type_k="f32", type_v="f32", flash_attn="off", threads=1, devices=("none",))
 N_USED = 4
@@ -95,6 +97,24 @@ def test_several_ubatches_on_the_device(server: str, model: Path) -> None:
     assert found["total_tokens"].tolist() == [300, 300, 300]
     assert (found["counts"] == expected["counts"]).all()
     np.testing.assert_allclose(found["gated_norm_sum"], expected["gated_norm_sum"], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"gpu_layers": 2}, {"override_tensors": [("ffn_.*_exps", "CPU")]}, {"ubatch_size": 64, "batch_size": 512}]
+)
+def test_virtual_pruning_on_the_device(server: str, model: Path, tmp_path: Path, changes: dict) -> None:
+    kept = {layer: sorted(np.random.default_rng(layer).permutation(32)[:12].tolist()) for layer in range(3)}
+    prune(model, tmp_path / "small.gguf", PrunePlan({"n_experts": 32}, "reap", 12, {layer: tuple(ids) for layer, ids in kept.items()}))
+    tokens = (np.arange(300, dtype=np.int32) * 37) % 512
+    expected = open_session(tmp_path / "small.gguf", on_device(server, **changes)).logits(tokens, 0)
+    session = open_session(model, on_device(server, **changes))
+    whole = session.logits(tokens, 0)
+    session.set_kept(kept)
+    found = session.logits(tokens, 0)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(found - whole).max() > 0.1
+    session.set_kept(None)
+    assert np.array_equal(session.logits(tokens, 0), whole)
 
 
 def test_profile_through_the_api(server: str, model: Path) -> None:

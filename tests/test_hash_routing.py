@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from architectures import N_EXPERTS, write_model
 from graph_oracle import Sums, dump, read_routing
 from llama_tools import require_tool
+from reap.inspector import inspect
 from reap.scores import Profile
 
 N_HASHED = 2
@@ -72,3 +73,28 @@ def test_counts_follow_the_table_and_sums_the_graph(tmp_path: Path) -> None:
     for layer in range(N_HASHED):
         for name in ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max"):
             np.testing.assert_allclose(getattr(found, name)[found.row(layer)], sums[layer].arrays[name], rtol=1e-5, err_msg=name)
+
+
+def test_virtual_pruning_is_refused_by_name(tmp_path: Path) -> None:
+    """A token's removed expert has no successor, so there is no pruned file either: `reap.prune` refuses the model as well."""
+    hashed = tmp_path / "hashed.gguf"
+    write_hashed(write_model(require_tool("test-llama-archs"), "deepseek4", tmp_path), hashed)
+    code = f"""
+import numpy as np
+from reap.engine import EngineOptions, open_session
+from reap.errors import UnsupportedModelError
+from reap.inspector import inspect
+session = open_session({str(hashed)!r}, EngineOptions({EXACT}))
+tokens = np.arange(16, dtype=np.int32)
+whole = session.logits(tokens, 0)
+try:
+    session.set_kept({{layer: [0, 1, 2, 3] for layer in inspect({str(hashed)!r}).moe_layers}})
+except UnsupportedModelError as error:
+    print(error)
+assert (session.logits(tokens, 0) == whole).all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("layer 0: its experts are selected by ")
+    assert "as well as by the router" in done.stdout
+    assert "cannot be cut" in inspect(hashed).refusals[0]

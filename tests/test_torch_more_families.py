@@ -107,6 +107,7 @@ def test_pruned_file_is_the_sliced_model(case: first.Case, tmp_path: Path) -> No
     whole_logits = first.compare_logits("whole", case, case.gguf, case.model)
     sliced_logits = first.compare_logits("half of the experts removed", case, tmp_path / "small.gguf", sliced)
     assert np.abs(whole_logits - sliced_logits).max() > 0.5  # what was removed mattered
+    first.compare_virtual(case, tmp_path / "small.gguf")
     first.compare_profile(f"{case.name}, pruned", case.profile(tmp_path / "small.gguf"), torch_more_oracle.measure(sliced, case.samples))
 
 

@@ -3,12 +3,14 @@
 #include "collector.h"
 #include "errors.h"
 #include "moe_graph.h"
+#include "router_mask.h"
 #include "saliency.h"
 #include "session.h"
 #include "tensor_read.h"
 
 #include "ggml.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -47,6 +49,8 @@ static void test_node_names() {
     CHECK(parse_node_name("ffn_moe_weights_norm-47").role == Role::Weights);
     CHECK(parse_node_name("ffn_moe_weights_norm-47").kind == "ffn_moe_weights_norm");
     CHECK(parse_node_name("ffn_moe_down_biased-0").role == Role::Output);
+    CHECK(parse_node_name("ffn_moe_logits-5").role == Role::Scores);
+    CHECK(parse_node_name("ffn_moe_probs_biased-5").role == Role::Selection);
     CHECK(parse_node_name("ffn_moe_weights-3 (reshaped)").role == Role::None);
     CHECK(parse_node_name("ffn_moe_weights_sum-3").role == Role::None);
     CHECK(parse_node_name("ffn_moe_down").role == Role::None);
@@ -140,6 +144,88 @@ static void test_tensor_reading() {
     ggml_free(context);
 }
 
+// A layer's routing as build_moe_ffn makes it: 6 experts, 2 a token, 4 tokens.
+struct RoutingNodes {
+    explicit RoutingNodes(ggml_context * c) : context(c) {
+        const auto named = [](ggml_tensor * tensor, const char * name) { return ggml_set_name(tensor, name); };
+        gate = named(ggml_new_tensor_2d(c, GGML_TYPE_F32, 8, 6), "gate_weight");
+        input = named(ggml_new_tensor_2d(c, GGML_TYPE_F32, 8, 4), "input");
+        bias = named(ggml_new_tensor_1d(c, GGML_TYPE_F32, 6), "bias");
+        logits = named(ggml_mul_mat(c, gate, input), "ffn_moe_logits-3");
+        probs = named(ggml_sigmoid(c, logits), "ffn_moe_probs-3");
+        biased = named(ggml_add(c, probs, bias), "ffn_moe_probs_biased-3");
+    }
+
+    // The nodes of a graph that selects by `scores` and weighs by `weighing`.
+    std::vector<ggml_tensor *> nodes(ggml_tensor * scores, ggml_tensor * weighing) {
+        ggml_tensor * ids = ggml_set_name(ggml_argsort_top_k(context, scores, 2), "ffn_moe_topk-3");
+        ggml_tensor * weights = ggml_get_rows(context, ggml_reshape_3d(context, weighing, 1, 6, 4), ids);
+        ggml_set_name(weights, "ffn_moe_weights-3");
+        ggml_tensor * output = ggml_set_name(ggml_scale(context, weights, 1.0f), "ffn_moe_down-3");
+        return {logits, probs, biased, ids, weights, output};
+    }
+
+    ggml_context * context;
+    ggml_tensor *gate, *input, *bias, *logits, *probs, *biased;
+};
+
+static void survey(RouterMask & mask, const std::vector<ggml_tensor *> & nodes) {
+    mask.begin_survey();
+    for (const ggml_tensor * node : nodes) {
+        CHECK(!mask.on_ask(node));
+    }
+    mask.end_survey();
+}
+
+static void test_router_mask() {
+    ggml_context * context = ggml_init({1 << 20, nullptr, false});
+    RoutingNodes routing(context);
+    RouterMask mask;
+    survey(mask, routing.nodes(routing.biased, routing.probs));
+    CHECK(mask.is_learnt() && !mask.in_force() && !mask.wants(routing.logits));
+    CHECK(throws<UsageError>([&] { mask.set_kept({}); }));
+    CHECK(throws<UsageError>([&] { mask.set_kept({{3, {1}}}); }));
+    CHECK(throws<UsageError>([&] { mask.set_kept({{3, {1, 6}}}); }));
+    CHECK(throws<UsageError>([&] { mask.set_kept({{3, {1, 2}}, {4, {1, 2}}}); }));
+    CHECK(!mask.in_force());
+    mask.set_kept({{3, {5, 1, 2}}});
+    CHECK(mask.wants(routing.logits) && mask.wants(routing.biased) && !mask.wants(routing.probs));
+
+    const auto fill = [](ggml_tensor * t) { std::fill_n(static_cast<float *>(t->data), ggml_nelements(t), 1.0f); };
+    fill(routing.logits);
+    fill(routing.biased);
+    mask.begin_batch();
+    mask.apply(routing.logits);
+    for (int i = 0; i < 24; ++i) {
+        const float value = static_cast<const float *>(routing.logits->data)[i];
+        CHECK(i % 6 == 1 || i % 6 == 2 || i % 6 == 5 ? value == 1.0f : value == -std::numeric_limits<float>::infinity());
+    }
+    // what selects was left unmasked, or only some of the tokens were masked
+    CHECK(throws<EngineError>([&] { mask.check_batch(4, 4); }));
+    mask.apply(routing.biased);
+    mask.check_batch(4, 4);
+    mask.check_batch(100, 4);  // the last layer, of which 4 tokens are wanted
+    CHECK(throws<EngineError>([&] { mask.check_batch(100, 5); }));
+    mask.lift();
+    CHECK(!mask.wants(routing.logits));
+    mask.check_batch(100, 5);
+
+    // experts selected by what is not masked, gates that depend on it, two routings under one name
+    const auto refused = [&](const std::vector<ggml_tensor *> & nodes) {
+        RouterMask other;
+        return throws<UnsupportedError>([&] { survey(other, nodes); });
+    };
+    ggml_tensor * table = ggml_new_tensor_2d(context, GGML_TYPE_F32, 6, 4);
+    CHECK(refused(routing.nodes(table, routing.probs)));
+    CHECK(refused(routing.nodes(routing.biased, table)));
+    CHECK(!refused(routing.nodes(routing.logits, routing.logits)));
+    std::vector<ggml_tensor *> twice = routing.nodes(routing.biased, routing.probs);
+    const std::vector<ggml_tensor *> again = routing.nodes(routing.biased, routing.probs);
+    twice.insert(twice.end(), again.begin(), again.end());
+    CHECK(refused(twice));
+    ggml_free(context);
+}
+
 static void test_model(const std::string & path, size_t n_experts, const std::vector<int> & layers) {
     SessionOptions options;
     options.model_path = path;
@@ -179,6 +265,23 @@ static void test_model(const std::string & path, size_t n_experts, const std::ve
     tokens[3] = 0;
     CHECK(session.logits(tokens, 48).size() == 2 * static_cast<size_t>(session.n_vocab()));
     CHECK(session.log_probs(tokens, 25).size() == 24);
+
+    const std::vector<float> whole = session.logits(tokens, 0);
+    RouterMask::Kept kept;
+    for (const int layer : layers) {
+        for (size_t expert = 0; expert < n_experts; expert += 2) {
+            kept[layer].push_back(static_cast<int32_t>(expert));
+        }
+    }
+    session.set_kept(kept);
+    CHECK(session.logits(tokens, 0) != whole);
+    asked = false;
+    session.set_poll([&] { return asked = true; });
+    CHECK(throws<Interrupted>([&] { session.logits(tokens, 0); }));
+    CHECK(asked);
+    session.set_poll(nullptr);
+    session.set_kept(std::nullopt);
+    CHECK(session.logits(tokens, 0) == whole);
 }
 
 int main(int argc, char ** argv) {
@@ -186,6 +289,7 @@ int main(int argc, char ** argv) {
     test_saliency_sums();
     test_saliency_refuses();
     test_tensor_reading();
+    test_router_mask();
     if (argc > 3) {
         std::vector<int> layers;
         for (int i = 3; i < argc; ++i) {
