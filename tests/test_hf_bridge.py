@@ -177,6 +177,29 @@ def test_a_profile_of_the_file_prunes_the_checkpoint(
     assert record["kept"] == {str(layer): list(kept) for layer, kept in plan.layers.items()}
 
 
+def test_a_profile_of_the_checkpoint_prunes_both(pairs: Callable[[str], Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured by transformers: the checkpoint pruned and converted is the file pruned, where prediction layers are left out."""
+    import torch_models
+
+    pair = pairs("nemotronh")
+    calibration = tmp_path / "calibration.jsonl"
+    calibration.write_text("".join(json.dumps({"tokens": tokens}) + "\n" for tokens in torch_models.samples()))
+    profile, small = str(tmp_path / "hf.reap.json"), str(tmp_path / "hf")
+    converted, pruned = str(tmp_path / "converted.gguf"), str(tmp_path / "pruned.gguf")
+    for call in (
+        ["hf", "profile", str(pair.checkpoint), str(calibration), "-o", profile, "--device", "cpu"],
+        ["hf", "prune", str(pair.checkpoint), "--profile", profile, "--keep", "0.5", "--drop-mtp", "-o", small],
+        ["convert", small, converted, "--outtype", "f32", "--pre", torch_models.PRE],
+        ["prune", str(pair.gguf), "--profile", profile, "--keep", "0.5", "--hf", str(pair.checkpoint), "-o", pruned],
+    ):
+        assert main(call) == 0, capsys.readouterr().err
+    assert "made of a Hugging Face checkpoint" in capsys.readouterr().out
+    assert read(Path(converted)) == read(Path(pruned))
+    measured, expected = reap.Profile.load(profile), reap.profile(pair.gguf, calibration, **EXACT)
+    assert measured.layers.tolist() == expected.layers.tolist()
+    np.testing.assert_array_equal(measured.counts, expected.counts)
+
+
 def test_a_plan_of_the_checkpoint_prunes_the_file(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
     """A fingerprint of a checkpoint says nothing of a file; layers, experts, groups and widths are compared."""
     pair = pairs("deepseek_v3")
