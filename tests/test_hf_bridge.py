@@ -81,6 +81,10 @@ def test_pruning_commutes_with_converting(pairs: Callable[[str], Pair], tmp_path
     assert first[0] == second[0]
     assert list(first[1]) == list(second[1])
     assert first[1] == second[1]
+    records = [reap.inspect(tmp_path / name).provenance for name in ("converted-pruned.gguf", "pruned-converted.gguf")]
+    kept = [{key: value for key, value in (record or {}).items() if "fingerprint" not in key} for record in records]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 3 + len(pair.plan.layers)
     key = next(key for key in first[0] if key.endswith(".expert_count"))
     assert first[0][key][1] == pair.plan.keep
 
