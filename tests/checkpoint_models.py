@@ -156,6 +156,26 @@ def fuse_experts(directory: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def to_mxfp4(directory: Path) -> None:
+    """Rewrite gpt-oss's checkpoint in the form in which it is published: experts in blocks of 32 four-bit numbers with a scale (random)."""
+    path = directory / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            n_experts, n_in, n_out = tensor.shape
+            shape = (n_experts, n_out, n_in // 32)
+            tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(122, 126, shape, generator=generator, dtype=torch.uint8)
+        else:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, path, metadata={"format": "pt"})
+    document = json.loads((directory / "config.json").read_text())
+    whole = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    document |= {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": whole}}
+    (directory / "config.json").write_text(json.dumps(document, indent=2))
+
+
 def add_tensors(directory: Path, tensors: Mapping[str, torch.Tensor], **config: Any) -> None:
     """Add tensors to a checkpoint of one file, and keys to its config.json."""
     path = directory / "model.safetensors"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_builder import build, config, qwen
-from reap.errors import EngineError, MissingExtraError, UsageError
-from reap.hf import convert_checkpoint, converter
+from checkpoint_builder import KEPT, build, config, qwen
+from reap.errors import EngineError, FormatError, MissingExtraError, UsageError
+from reap.hf import convert_checkpoint, converter, prune
+from reap.planner import PrunePlan
 
 # what the stand-in's tree holds: the names that `_converter_child.py` relies on
 TRANSFORMERS = """
@@ -32,6 +33,16 @@ class ModelBase:
 class TextModel(ModelBase):
     def get_vocab_base_pre(self, tokenizer):
         return "from the table"
+"""
+GGUF = """
+OWN = "the gguf of the tree"
+class GGUFValueType:
+    STRING, UINT32, ARRAY, INT32 = "string", "u32", "array", "i32"
+class GGUFWriter:
+    def add_key_value(self, key, value, type, sub_type=None):
+        print("key", key, value, type, sub_type)
+    def write_header_to_file(self):
+        print("header")
 """
 PRELUDE = """
 import importlib.util, os, sys
@@ -78,7 +89,7 @@ def make_tree(directory: Path, script: str) -> Path:
         "transformers.py": TRANSFORMERS,
         "conversion/base.py": BASE,
         "conversion/__init__.py": "",
-        "gguf-py/gguf/__init__.py": "OWN = 'the gguf of the tree'",
+        "gguf-py/gguf/__init__.py": GGUF,
     }.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text)
@@ -124,6 +135,29 @@ def test_published_entries_win_over_those_that_transformers_makes_of_them(tmp_pa
     written = convert_checkpoint(checkpoint, out / "a.gguf", converter=tree)
     expected = {"kinds": ["published"], "added": 1, "nested": {"a": 1, "b": 4, "c": 5}, "absent": 3}
     assert json.loads(written.read_text()) == [expected, False]
+
+
+def test_what_a_pruned_checkpoint_says_of_itself_goes_into_the_file(tmp_path: Path, out: Path) -> None:
+    tree = make_tree(tmp_path / "tree", "gguf.GGUFWriter().write_header_to_file()\nopen(outfile, 'w').write('x')")
+    build(tmp_path / "whole", qwen(), config())
+    plan = PrunePlan({"n_experts": 8}, "frequency", 4, KEPT, {"sha256": ["ab" * 32]})
+    prune(tmp_path / "whole", tmp_path / "small", plan)
+    lines: list[str] = []
+    convert_checkpoint(tmp_path / "small", out / "a.gguf", converter=tree, log=lines.append)
+    record = json.loads((tmp_path / "small" / "reap.json").read_text())
+    assert [line for line in lines if line.startswith("key ")] == [
+        f"key reap.version {record['reap']} string None",
+        "key reap.metric frequency string None",
+        f"key reap.source.fingerprint {record['source']['fingerprint']} string None",
+        "key reap.source.expert_count 8 u32 None",
+        f"key reap.calibration.sha256 {'ab' * 32} string None",
+        *(f"key reap.kept.{layer} {list(ids)} array i32" for layer, ids in KEPT.items()),
+        "header",
+    ][:-1]
+    assert lines[-1] == "header"  # behind the keys
+    (tmp_path / "small" / "reap.json").write_text('{"format": "other"}')
+    with pytest.raises(FormatError, match=r"reap\.json: format should be"):
+        convert_checkpoint(tmp_path / "small", out / "b.gguf", converter=tree)
 
 
 def test_prediction_layers_are_expected_only_where_there_are_some(tmp_path: Path, out: Path) -> None:

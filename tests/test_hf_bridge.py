@@ -81,6 +81,10 @@ def test_pruning_commutes_with_converting(pairs: Callable[[str], Pair], tmp_path
     assert first[0] == second[0]
     assert list(first[1]) == list(second[1])
     assert first[1] == second[1]
+    records = [reap.inspect(tmp_path / name).provenance for name in ("converted-pruned.gguf", "pruned-converted.gguf")]
+    kept = [{key: value for key, value in (record or {}).items() if "fingerprint" not in key} for record in records]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 3 + len(pair.plan.layers)
     key = next(key for key in first[0] if key.endswith(".expert_count"))
     assert first[0][key][1] == pair.plan.keep
 
@@ -175,6 +179,29 @@ def test_a_profile_of_the_file_prunes_the_checkpoint(
         assert np.abs(measured - expected).max() < 1e-4 * expected.std()
     record = json.loads((tmp_path / "small" / "reap.json").read_text())
     assert record["kept"] == {str(layer): list(kept) for layer, kept in plan.layers.items()}
+
+
+def test_a_profile_of_the_checkpoint_prunes_both(pairs: Callable[[str], Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured by transformers: the checkpoint pruned and converted is the file pruned, where prediction layers are left out."""
+    import torch_models
+
+    pair = pairs("nemotronh")
+    calibration = tmp_path / "calibration.jsonl"
+    calibration.write_text("".join(json.dumps({"tokens": tokens}) + "\n" for tokens in torch_models.samples()))
+    profile, small = str(tmp_path / "hf.reap.json"), str(tmp_path / "hf")
+    converted, pruned = str(tmp_path / "converted.gguf"), str(tmp_path / "pruned.gguf")
+    for call in (
+        ["hf", "profile", str(pair.checkpoint), str(calibration), "-o", profile, "--device", "cpu"],
+        ["hf", "prune", str(pair.checkpoint), "--profile", profile, "--keep", "0.5", "--drop-mtp", "-o", small],
+        ["convert", small, converted, "--outtype", "f32", "--pre", torch_models.PRE],
+        ["prune", str(pair.gguf), "--profile", profile, "--keep", "0.5", "--hf", str(pair.checkpoint), "-o", pruned],
+    ):
+        assert main(call) == 0, capsys.readouterr().err
+    assert "made of a Hugging Face checkpoint" in capsys.readouterr().out
+    assert read(Path(converted)) == read(Path(pruned))
+    measured, expected = reap.Profile.load(profile), reap.profile(pair.gguf, calibration, **EXACT)
+    assert measured.layers.tolist() == expected.layers.tolist()
+    np.testing.assert_array_equal(measured.counts, expected.counts)
 
 
 def test_a_plan_of_the_checkpoint_prunes_the_file(pairs: Callable[[str], Pair], tmp_path: Path) -> None:

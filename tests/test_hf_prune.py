@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 
+import reap
 from checkpoint_builder import KEPT, N_EMBD, N_EXPERTS, N_FF, Tensors, build, config, qwen, read_file, write_file
+from profiles import make_profile
 from reap.cli import main
-from reap.errors import FormatError, MismatchError, OutputError, UnsupportedModelError, UsageError
+from reap.errors import FormatError, MismatchError, OutputError, ReapError, UnsupportedModelError, UsageError
 from reap.hf import disk_pruner, prune
 from reap.hf.config_text import replace_values
 from reap.planner import PrunePlan
@@ -265,6 +268,33 @@ def test_experts_named_in_the_quantisation_are_renumbered(tmp_path: Path) -> Non
     patched = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert patched["ignore"] == ["lm_head", f"{block}.gate", f"{block}.experts.3.up_proj", "re:.*experts.*"]
     assert patched["groups"]["a"]["targets"] == [f"{block}.experts.1"]
+
+
+def test_experts_that_are_keys_are_renumbered_in_both_files(tmp_path: Path) -> None:
+    """ModelOpt, with a mixture of types."""
+    build(tmp_path / "in", qwen(), config())
+    name = "model.layers.1.mlp.experts.{}.up_proj".format
+    layers = {name(0): {"quant_algo": "FP8"}, name(1): {"quant_algo": "NVFP4"}, name(5): {"quant_algo": "NVFP4"}, "lm_head": {}}
+    quantisation = {"producer": {"name": "modelopt"}, "quantization": {"quantized_layers": layers, "exclude_modules": [name(6), name(7)]}}
+    (tmp_path / "in" / "hf_quant_config.json").write_text(json.dumps(quantisation, indent=4))
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config(quantization_config={"quantized_layers": layers})))
+    prune(tmp_path / "in", tmp_path / "out", plan_of())
+    expected = {name(0): {"quant_algo": "FP8"}, name(2): {"quant_algo": "NVFP4"}, "lm_head": {}}
+    found = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert found == {**quantisation, "quantization": {"quantized_layers": expected, "exclude_modules": [name(3)]}}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == {"quantized_layers": expected}
+
+
+def test_a_profile_in_place_of_a_plan(tmp_path: Path) -> None:
+    build(tmp_path / "in", qwen(), config())
+    profile = make_profile(3, layers=(0, 1))
+    profile.save(tmp_path / "p.json")
+    report = prune(tmp_path / "in", tmp_path / "out", profile=tmp_path / "p.json", keep=0.5, metric="frequency")
+    assert report.kept == reap.plan(profile, keep=0.5, metric="frequency").layers
+    assert report.metric == "frequency"
+    for options in ({}, {"profile": profile}, {"keep": 4}, {"plan": plan_of(), "profile": profile, "keep": 4}):
+        with pytest.raises(UsageError, match="give either a plan, or a profile and keep"):
+            prune(tmp_path / "in", tmp_path / "no", **options)
 
 
 def test_values_inside_a_text() -> None:
@@ -618,6 +648,37 @@ def test_a_huge_header_costs_little(tmp_path: Path) -> None:
         file.write((101_000_000).to_bytes(8, "little") + b"{")
         file.truncate(8 + 101_000_000)
     refuse(tmp_path, "100,000,000 are the most")
+
+
+def test_damaged_files_end_in_an_error_of_ours_or_in_a_sound_checkpoint(tmp_path: Path) -> None:
+    """A thousand files with a few bytes changed, cut short or repeated."""
+    build(tmp_path / "in", qwen(), config(), n_shards=2)
+    files = sorted(path for path in (tmp_path / "in").iterdir() if path.name != "tokenizer.json")
+    sound = {path: path.read_bytes() for path in files}
+    rng = random.Random(1)
+    messages: list[str] = []
+    for _ in range(1000):
+        path = rng.choice(files)
+        path.write_bytes(damage(sound[path], rng))
+        try:
+            prune(tmp_path / "in", tmp_path / "out", plan_of(), dry_run=True)
+        except ReapError as error:
+            messages.append(str(error))
+        path.write_bytes(sound[path])
+    assert 300 < len(messages) < 1000  # some changes are in the tensors
+    assert not [message for message in messages if "\n" in message or len(message) > 1000]
+
+
+def damage(raw: bytes, rng: random.Random) -> bytes:
+    spot = rng.randrange(min(len(raw), 20_000))
+    kind = rng.randrange(4)
+    if kind == 0:
+        return raw[:spot]
+    if kind == 1:
+        return raw[:spot] + raw[max(0, spot - rng.randrange(1, 60)) :]
+    if kind == 2:
+        return raw[:spot] + rng.choice([b"9", b"-", b"0", b'"', b"]", b"}", b"e", b"\xff", b"NaN"]) + raw[spot + 1 :]
+    return raw[:spot] + bytes([raw[spot] ^ (1 << rng.randrange(8))]) + raw[spot + 1 :]
 
 
 INDEXES: dict[str, tuple[Any, str]] = {

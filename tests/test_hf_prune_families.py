@@ -102,8 +102,8 @@ def make_case(name: str, directory: Path) -> Case:
     return Case(name, model, source, make_plan(source, 4 if name == "deepseek_v3" else 1))
 
 
-def load(directory: Path, kind: type[Any]) -> Any:
-    model, report = kind.from_pretrained(directory, output_loading_info=True, local_files_only=True)
+def load(directory: Path, kind: type[Any], **options: Any) -> Any:
+    model, report = kind.from_pretrained(directory, output_loading_info=True, local_files_only=True, **options)
     faults = {what: found for what, found in report.items() if found}
     assert not faults
     model.set_attn_implementation("eager")
@@ -111,11 +111,15 @@ def load(directory: Path, kind: type[Any]) -> Any:
 
 
 def compare_with_masked(case: Case, directory: Path) -> None:
+    compare_models(case, load(directory, type(case.model)))
+
+
+def compare_models(case: Case, small: Any) -> None:
+    """Logits of the pruned model against those of `case.model` with its routers masked."""
     import checkpoint_models
     import oracle
     import torch_models
 
-    small = load(directory, type(case.model))
     worst, moved, scale = 0.0, 0.0, 0.0
     for tokens in torch_models.samples():
         whole = oracle.logits(case.model, tokens)
@@ -171,6 +175,21 @@ def test_fused_experts(cases: Callable[[str], Case], tmp_path: Path) -> None:
     checkpoint_models.fuse_experts(source)
     prune(source, tmp_path / "small", case.plan, verify="full")
     compare_with_masked(case, tmp_path / "small")
+
+
+def test_experts_in_mxfp4(cases: Callable[[str], Case], tmp_path: Path) -> None:
+    """gpt-oss as it is published; transformers decodes both models and both compute in float32."""
+    from transformers import Mxfp4Config
+
+    import checkpoint_models
+
+    case = cases("gpt_oss")
+    source = checkpoint_models.save(case.model, tmp_path / "hf")
+    checkpoint_models.to_mxfp4(source)
+    prune(source, tmp_path / "small", case.plan, verify="full")
+    options = {"quantization_config": Mxfp4Config(dequantize=True)}
+    whole, small = (load(path, type(case.model), **options).float() for path in (source, tmp_path / "small"))
+    compare_models(Case("gpt_oss, MXFP4", whole, source, case.plan), small)
 
 
 def test_pruning_twice(cases: Callable[[str], Case], tmp_path: Path) -> None:

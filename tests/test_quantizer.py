@@ -71,6 +71,22 @@ def test_with_an_importance_matrix(model: Path, tmp_path: Path, write: Any, kind
     assert (tmp_path / "plain.gguf").read_bytes() == plain != (tmp_path / "q.gguf").read_bytes()
 
 
+def test_a_split_model_becomes_one_file(model: Path, tmp_path: Path) -> None:
+    """Whichever file is named, through links as a cache of models has them."""
+    plan = PrunePlan({"n_experts": 8}, "reap", 4, KEPT)
+    report = reap.prune(model, tmp_path / "s.gguf", plan, split_max_size="800K")
+    assert len(report.files) > 1
+    (tmp_path / "links").mkdir()
+    for number, path in enumerate(report.files):
+        blob = path.rename(tmp_path / f"blob{number}")
+        (tmp_path / "links" / path.name).symlink_to(blob)
+    first, *_, last = sorted((tmp_path / "links").iterdir())
+    reap.quantize(last, tmp_path / "q.gguf", "Q4_K_M")
+    output = tmp_path / "by-tool.gguf"
+    subprocess.run([str(require_tool("llama-quantize")), str(first), str(output), "Q4_K_M", "1"], capture_output=True, check=True)
+    assert (tmp_path / "q.gguf").read_bytes() == output.read_bytes()
+
+
 def test_options_are_those_of_llama_quantize(model: Path, tmp_path: Path) -> None:
     reap.quantize(
         model,

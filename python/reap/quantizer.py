@@ -75,7 +75,7 @@ def quantize(
     dry_run: bool = False,
     progress: ProgressCallback | None = None,
 ) -> QuantizeReport:
-    """Write the GGUF model `source` (of a split one, its first file) as one file in another type.
+    """Write the GGUF model `source` (of a split one, any of its files) as one file in another type.
 
     output   appears whole or not at all; `force` replaces a file that is there
     type     a name of llama-quantize: Q4_K_M, Q8_0, IQ2_XS, MXFP4_MOE, F16, COPY ...; case does not matter
@@ -109,9 +109,9 @@ def quantize(
         check_output(target, inputs, force=force)
         _check_model(model, kind, allow_requantize=allow_requantize)
         warnings = [] if matrix is None else _check_imatrix(model, matrix)
-        n_bytes_before, n_tensors = model.size, len(model.tensors)
+        n_bytes_before, n_tensors, first_file = model.size, len(model.tensors), os.path.abspath(model.files[0].path)
     job: dict[str, Any] = {
-        "input": os.path.realpath(source),
+        "input": first_file,  # links are not followed: llama.cpp finds the shards of a split model by the first one's name
         "type": kind,
         "threads": threads or usable_cores(),
         "allow_requantize": allow_requantize,
@@ -121,7 +121,7 @@ def quantize(
         "token_embedding_type": single[1] or "",
         "tensor_types": list(wanted.items()),
     }
-    job["imatrix"] = None if imatrix is None else os.path.realpath(imatrix)
+    job["imatrix"] = None if imatrix is None else os.path.abspath(imatrix)
     job["imatrix_name"] = None if imatrix is None else os.fspath(imatrix)
     if dry_run:
         size = int(_run({**job, "output": None}, Path(source), None))

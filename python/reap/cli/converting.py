@@ -53,7 +53,7 @@ def convert(
 
 
 def quantize(
-    model: Annotated[Path, typer.Argument(metavar="IN.gguf", help="A GGUF file; of a split one, the first.")],
+    model: Annotated[Path, typer.Argument(metavar="IN.gguf", help="A GGUF file; of a split model, any of its files.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="GGUF file to write.")],
     type: Annotated[str, typer.Argument(metavar="TYPE", help="Q4_K_M, Q8_0, IQ2_XS, MXFP4_MOE and so on, as llama-quantize has them.")],
     imatrix: Annotated[Path | None, typer.Option("--imatrix", metavar="FILE", help="An importance matrix of this model.")] = None,

@@ -201,6 +201,9 @@ def prune(
     profile: Annotated[Path | None, typer.Option("--profile", metavar="PROFILE.json", help="A profile to plan by, with --keep.")] = None,
     keep: Annotated[str | None, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep, with --profile.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="Score to rank experts by, with --profile; reap by default.")] = None,
+    hf: Annotated[
+        Path | None, typer.Option("--hf", metavar="HF_DIR", help="The checkpoint that was profiled: compare its routers first.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say the exact size; write nothing.")] = False,
     verify: Annotated[str, typer.Option("--verify", metavar="fast|full|none", help="How much of the output to read back.")] = "fast",
     name: Annotated[str | None, typer.Option("--name", help="New general.name; nothing else of the metadata changes.")] = None,
@@ -218,6 +221,10 @@ def prune(
     if imatrix_out is not None and imatrix is None:
         raise UsageError("--imatrix-out needs --imatrix")
     chosen = choose_plan(plan, profile, keep, metric)
+    if hf is not None:
+        from reap.hf import compare_with_gguf
+
+        compare_with_gguf(hf, model)
     with progress_bar("writing") as progress:
         report = reap.prune(
             model,

@@ -1,6 +1,8 @@
 """Run inside the child process of `reap.hf.converter`: prepares llama.cpp's converter, then hands over to it. Imports nothing of reap's.
 
 python _converter_child.py --tree DIR [--pre NAME] [--no-prediction] [--trust-remote-code] -- ARGUMENTS OF THE CONVERTER
+
+Standard input is a JSON object of keys to add to the file: name -> text, number or list of numbers.
 """
 
 from __future__ import annotations
@@ -67,6 +69,23 @@ def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def add_keys(keys: dict[str, Any]) -> None:
+    """Write `keys` behind those of the converter, in the types that `reap.prune` gives them."""
+    gguf = importlib.import_module("gguf")
+    original = gguf.GGUFWriter.write_header_to_file
+
+    def write_header_to_file(writer: Any, *arguments: Any, **options: Any) -> Any:
+        types = gguf.GGUFValueType
+        for key, value in keys.items():
+            if isinstance(value, list):
+                writer.add_key_value(key, value, types.ARRAY, sub_type=types.INT32)
+            else:
+                writer.add_key_value(key, value, types.STRING if isinstance(value, str) else types.UINT32)
+        return original(writer, *arguments, **options)
+
+    gguf.GGUFWriter.write_header_to_file = write_header_to_file
+
+
 def leave_prediction_out() -> None:
     """As the converter's --no-mtp, which it refuses for models that never have prediction layers."""
     importlib.import_module("conversion.base").ModelBase.no_mtp = True
@@ -93,6 +112,9 @@ def main() -> None:
     if not options.trust_remote_code:
         refuse_remote_code()
     keep_published_names()
+    keys = json.load(sys.stdin)
+    if keys:
+        add_keys(keys)
     if options.no_prediction:
         leave_prediction_out()
     if options.pre is not None:

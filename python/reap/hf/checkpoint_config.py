@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,19 +121,25 @@ def patch_config(
     n_kept = len(next(iter(kept.values())))
     changes: dict[Path, Any] = dict.fromkeys(counts.expert_paths, n_kept)
     changes |= {path: 0 for path, _ in _numbers(config, zeros)}
-    for path, names in _lists(config.get("quantization_config"), ("quantization_config",)):
-        renamed = [new for name in names if (new := _rename(name, kept)) is not None]
-        if renamed != names:
-            changes[path] = renamed
+    changes |= _renamed_lists(config.get("quantization_config"), ("quantization_config",), kept)
     return replace_values(text, changes)
 
 
-def _lists(value: Any, path: Path) -> Iterator[tuple[Path, list[Any]]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _lists(item, (*path, key))
-    elif isinstance(value, list):
-        yield path, value
+def patch_names(text: str, kept: Mapping[str, Sequence[int]]) -> str:
+    """A JSON text with the experts that it names one by one, as keys or in lists, called what they are called from now on."""
+    return replace_values(text, _renamed_lists(json.loads(text), (), kept))
+
+
+def _renamed_lists(value: Any, path: Path, kept: Mapping[str, Sequence[int]]) -> dict[Path, Any]:
+    """Path of each list, and of each object with such keys, that changes -> what it becomes."""
+    names = value if isinstance(value, list | dict) else ()
+    new_names = [_rename(name, kept) for name in names]
+    if new_names != list(names):
+        if isinstance(value, list):
+            return {path: [new for new in new_names if new is not None]}
+        return {path: {new: value[name] for name, new in zip(names, new_names, strict=True) if new is not None}}
+    items = value.items() if isinstance(value, dict) else enumerate(names)
+    return {place: new for key, item in items for place, new in _renamed_lists(item, (*path, key), kept).items()}
 
 
 def _rename(name: Any, kept: Mapping[str, Sequence[int]]) -> Any:

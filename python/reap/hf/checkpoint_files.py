@@ -22,6 +22,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "reap.json"
+QUANTISATION = "hf_quant_config.json"  # where ModelOpt names what it quantised
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_INDEX_BYTES = 256 << 20
 _MOST_SHARDS = 4096
@@ -108,18 +109,28 @@ class Checkpoint:
     def side_files(self) -> tuple[list[SideFile], list[str]]:
         """(files to carry over, names of those that hold weights in another form): tokenizer, templates, code, licences ... .
 
-        config.json, the index and reap.json are in neither, since they are written anew.
+        config.json, the index, reap.json and hf_quant_config.json are in neither, since they are written anew.
         """
         carried, left = [], []
         for path in _walk(self.directory):
             name = path.relative_to(self.directory).as_posix()
-            if name in (CONFIG, INDEX, PROVENANCE) or name in self.shards:
+            if name in (CONFIG, INDEX, PROVENANCE, QUANTISATION) or name in self.shards:
                 continue
             if _WEIGHTS.fullmatch(path.name):
                 left.append(name)
             else:
                 carried.append(SideFile(name, path, path.stat().st_size))
         return carried, left
+
+    @property
+    def quantisation_text(self) -> str | None:
+        """hf_quant_config.json, where there is one. Raises FormatError where it is not JSON."""
+        path = self.directory / QUANTISATION
+        if not path.is_file():
+            return None
+        text = _read_text(path, _MAX_CONFIG_BYTES)
+        parse_json(text, str(path))
+        return text
 
     def close(self) -> None:
         """Close the files."""

@@ -129,8 +129,10 @@ class _Finder:
                 self.single.setdefault(match["block"], {})[name] = (int(match["expert"]), name[: match.start("expert")], match["rest"])
             elif (match := _FUSED.fullmatch(name)) and not _ROUTER.fullmatch("experts." + match["rest"]):
                 self.fused.setdefault(match["block"], {})[name] = match["rest"]
-        self.by_parent: dict[str, dict[str, StoredTensor]] = {}  # every ancestor -> name behind it -> tensor
+        self.by_parent: dict[str, dict[str, StoredTensor]] = {}  # every ancestor -> name behind it -> tensor, single experts left out
         for name, tensor in self.tensors.items():
+            if _ONE_EXPERT.fullmatch(name):
+                continue  # there may be a hundred thousand of them
             parts = name.split(".")
             for depth in range(len(parts)):
                 self.by_parent.setdefault(".".join(parts[:depth]), {})[".".join(parts[depth:])] = tensor

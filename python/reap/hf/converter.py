@@ -6,16 +6,20 @@ global state, and its `gguf` package is newer than the published one. So it runs
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import reap
 from reap.errors import EngineError, MissingExtraError, OutputError, ReapError, UsageError
@@ -68,11 +72,12 @@ def convert_checkpoint(
     part = real.parent / f".reap-convert-{os.getpid()}-{secrets.token_hex(4)}.gguf"
     command = [sys.executable, str(Path(__file__).with_name("_converter_child.py")), "--tree", str(tree)]
     command += ["--pre", pre] if pre is not None else []
-    command += ["--no-prediction"] if not prediction or _has_no_prediction(source) else []
+    has_prediction, keys = _look(source)
+    command += [] if prediction and has_prediction else ["--no-prediction"]
     command += ["--trust-remote-code"] if trust_remote_code else []
     command += ["--", str(source.resolve()), "--outfile", part.name, "--outtype", outtype]
     try:
-        status, lines = _run(command, real.parent, trust_remote_code, log)
+        status, lines = _run(command, keys, real.parent, trust_remote_code, log)
         if status != 0 or not part.is_file():
             raise EngineError(f"{source}: llama.cpp's converter failed: {_quote(lines, status)}{_hint(lines)}")
         _publish(part, real)
@@ -112,18 +117,20 @@ def _check_call(source: Path, outtype: str, pre: str | None) -> None:
         raise UsageError(f"{source}: no Hugging Face checkpoint, it has no config.json")
 
 
-def _has_no_prediction(source: Path) -> bool:
-    """Whether no tensor belongs to a prediction layer, which the converter takes for granted in some families."""
+def _look(source: Path) -> tuple[bool, dict[str, Any]]:
+    """(whether it may have prediction layers, which the converter takes for granted in some families; keys that say what pruning kept)."""
     from reap.hf.checkpoint_files import Checkpoint  # which takes numpy along
     from reap.hf.checkpoint_layout import checkpoint_layers, is_of_prediction
+    from reap.hf.identity import provenance_keys
     from reap.jsonfile import LAYER_LIMIT
 
     try:
-        with Checkpoint.open(source) as checkpoint:
-            n_layers = checkpoint_layers(checkpoint) or LAYER_LIMIT
-            return not any(is_of_prediction(tensor.name, n_layers) for tensor in checkpoint.tensors)
+        checkpoint = Checkpoint.open(source)
     except ReapError:  # pickles, for example; the converter will say what it thinks of them
-        return False
+        return True, {}
+    with checkpoint:
+        n_layers = checkpoint_layers(checkpoint) or LAYER_LIMIT
+        return any(is_of_prediction(tensor.name, n_layers) for tensor in checkpoint.tensors), provenance_keys(checkpoint)
 
 
 def _check_extra() -> None:
@@ -132,23 +139,23 @@ def _check_extra() -> None:
         raise MissingExtraError(f"converting a checkpoint needs {' and '.join(missing)}: pip install 'reap-moe[hf]'")
 
 
-def _run(command: list[str], directory: Path, online: bool, log: Callable[[str], None] | None) -> tuple[int, deque[str]]:
-    """Run the child to its end; its status and the last lines it wrote."""
+def _run(
+    command: list[str], keys: dict[str, Any], directory: Path, online: bool, log: Callable[[str], None] | None
+) -> tuple[int, deque[str]]:
+    """Tell the child which keys to add and run it to its end; its status and the last lines it wrote."""
     environment = {name: value for name, value in os.environ.items() if name != "NO_LOCAL_GGUF"}
     environment["PYTHONIOENCODING"] = "utf-8"
     if not online:
         environment["HF_HUB_OFFLINE"] = "1"  # everything it needs is in the directory
     lines: deque[str] = deque(maxlen=_LINES_KEPT)
-    with subprocess.Popen(
-        command,
-        cwd=directory,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-    ) as child:
+    with ExitStack() as stack:
+        told = stack.enter_context(tempfile.TemporaryFile())
+        told.write(json.dumps(keys).encode())
+        told.seek(0)
+        streams: dict[str, Any] = {"stdin": told, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        child = stack.enter_context(
+            subprocess.Popen(command, cwd=directory, env=environment, encoding="utf-8", errors="replace", **streams)
+        )
         assert child.stdout is not None
         try:
             for line in child.stdout:

@@ -14,17 +14,20 @@ from typing import Any
 from reap.errors import FormatError, OutputError, UsageError
 from reap.gguf.reader import RegularFile
 from reap.gguf.writer import RawFile, Span, check_space, merge_spans, write
-from reap.hf.checkpoint_config import patch_config
-from reap.hf.checkpoint_files import CONFIG, INDEX, PROVENANCE, Checkpoint, SideFile
+from reap.hf.checkpoint_config import patch_config, patch_names
+from reap.hf.checkpoint_files import CONFIG, INDEX, PROVENANCE, QUANTISATION, Checkpoint, SideFile
 from reap.hf.checkpoint_layout import CheckpointLayout, Follows, is_of_prediction, read_checkpoint_layout
 from reap.hf.identity import PROVENANCE_FORMAT, CheckpointInfo, describe_checkpoint, origin
 from reap.hf.output_directory import check_output_directory, new_directory
 from reap.hf.safetensors_file import SafetensorsFile, StoredTensor, encode_header
-from reap.planner import PrunePlan
+from reap.planner import Keep, PrunePlan
+from reap.planner import plan as make_plan
 from reap.progress import Progress, ProgressCallback
 from reap.pruner import VERIFY_MODES, Kept, PruneReport, Verify, check_plan, crosses_over
+from reap.scores import Profile
 
 _SAMPLE_BYTES = 4096
+_MOST_SAMPLED = 100  # tensors of one file, but for routers
 _COMPARE_BYTES = 8 << 20
 #: Numbers of prediction layers in config.json, which become 0 where those are left out.
 _PREDICTION_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
@@ -47,8 +50,11 @@ class _NewTensor:
 def prune(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    plan: PrunePlan | str | os.PathLike[str],
+    plan: PrunePlan | str | os.PathLike[str] | None = None,
     *,
+    profile: Profile | str | os.PathLike[str] | None = None,
+    keep: Keep | None = None,
+    metric: str = "reap",
     force: bool = False,
     dry_run: bool = False,
     verify: Verify = "fast",
@@ -59,9 +65,10 @@ def prune(
 
     output   a directory, which appears whole or not at all; `force` replaces a checkpoint that is there
     plan     a PrunePlan or the path of one, made of this checkpoint (or another quantisation of it) or of the GGUF file that it became
+    profile, keep, metric  in place of a plan: what `reap.plan` makes of them
     dry_run  check everything, compute the exact sizes, write nothing
-    verify   before the output gets its name: "fast" reads it back and compares its structure and samples of every tensor, "full"
-             compares every byte, "none" nothing
+    verify   before the output gets its name: "fast" reads it back and compares its structure, and samples of a hundred tensors of
+             each file and of all routers, "full" compares every byte, "none" nothing
     drop_prediction  leave the prediction (MTP) layers out, of which a plan made with transformers says nothing
     progress called with bytes written, of bytes in all
 
@@ -77,7 +84,7 @@ def prune(
         raise UsageError(f"unknown verify {verify!r}; known: {', '.join(VERIFY_MODES)}")
     target = Path(output)
     check_output_directory(target, Path(source), force=force)
-    the_plan = plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
+    the_plan = _choose(plan, profile, keep, metric)
     with Checkpoint.open(source) as checkpoint:
         layout = read_checkpoint_layout(checkpoint)
         info = describe_checkpoint(checkpoint, layout)
@@ -106,6 +113,14 @@ def prune(
         seconds=time.perf_counter() - started,
         warnings=warnings,
     )
+
+
+def _choose(plan: Any, profile: Any, keep: Keep | None, metric: str) -> PrunePlan:
+    if plan is not None and profile is None and keep is None:
+        return plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
+    if plan is None and profile is not None and keep is not None:
+        return make_plan(profile, keep=keep, metric=metric)
+    raise UsageError("give either a plan, or a profile and keep")
 
 
 def _check(info: CheckpointInfo, plan: PrunePlan, dropped: tuple[int, ...]) -> PrunePlan:
@@ -143,6 +158,9 @@ class _Job:
         texts = {CONFIG: self._config()}
         if self.checkpoint.index is not None:
             texts[INDEX] = json.dumps(self._index(self.checkpoint.index), indent=2, ensure_ascii=False) + "\n"
+        quantisation = self.checkpoint.quantisation_text
+        if quantisation is not None:
+            texts[QUANTISATION] = patch_names(quantisation, self._kept_by_block())
         texts[PROVENANCE] = json.dumps(self._provenance(), ensure_ascii=False) + "\n"
         return files | {name: RawFile((text.encode(),)) for name, text in texts.items()}
 
@@ -186,9 +204,11 @@ class _Job:
         return encode_header(self.checkpoint.shards[shard].metadata, entries)
 
     def _config(self) -> str:
-        blocks = {self.layout.blocks[layer]: kept for layer, kept in self.kept.items()}
         zeros = _PREDICTION_KEYS if self.drop else ()
-        return patch_config(self.checkpoint.config_text, self.checkpoint.config, self.layout.counts, blocks, zeros)
+        return patch_config(self.checkpoint.config_text, self.checkpoint.config, self.layout.counts, self._kept_by_block(), zeros)
+
+    def _kept_by_block(self) -> dict[str, tuple[int, ...]]:
+        return {self.layout.blocks[layer]: kept for layer, kept in self.kept.items()}
 
     def _index(self, index: dict[str, Any]) -> dict[str, Any]:
         """The old index with the new names, in its order, and the new sizes."""
@@ -272,10 +292,21 @@ def _verify(job: _Job, directory: Path, target: Path, *, full: bool) -> None:
             expected = {tensor.name: (tensor.dtype, tensor.shape) for tensors in job.shards.values() for tensor in tensors}
             if {tensor.name: (tensor.dtype, tensor.shape) for tensor in written.tensors} != expected:
                 raise FormatError("its tensors differ from what was to be written")
-            for tensor in job.checkpoint.tensors:
-                _compare(job, tensor, written, full=full)
+            for shard in job.checkpoint.shards.values():
+                tensors = list(shard.tensors.values())
+                for tensor in tensors if full else _some(tensors, job.layout):
+                    _compare(job, tensor, written, full=full)
     except FormatError as error:
         raise OutputError(f"{target}: was not written as it should be: {error}") from None
+
+
+def _some(tensors: list[StoredTensor], layout: CheckpointLayout) -> Iterator[StoredTensor]:
+    """The first, the last and others evenly between them, and every router: tens of thousands of reads would cost more than the copy."""
+    step = max(1, len(tensors) // _MOST_SAMPLED)
+    for index, tensor in enumerate(tensors):
+        how = layout.follows.get(tensor.name)
+        if index % step == 0 or index == len(tensors) - 1 or (how is not None and how.is_router):
+            yield tensor
 
 
 def _compare(job: _Job, tensor: StoredTensor, written: Checkpoint, *, full: bool) -> None:

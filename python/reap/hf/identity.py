@@ -11,7 +11,7 @@ from typing import Any
 from reap.errors import FormatError
 from reap.hf.checkpoint_config import first_count
 from reap.hf.checkpoint_files import PROVENANCE, Checkpoint
-from reap.hf.checkpoint_layout import CheckpointLayout
+from reap.hf.checkpoint_layout import CheckpointLayout, read_checkpoint_layout
 from reap.jsonfile import EXPERT_LIMIT, read_json
 
 #: Not "sha256:", which a GGUF file's fingerprint begins with: the two are never equal, and nobody should compare them.
@@ -121,6 +121,26 @@ def origin(info: CheckpointInfo) -> Origin:
     source = info.provenance["source"]
     kept = {int(layer): tuple(ids) for layer, ids in info.provenance["kept"].items()}
     return Origin(source["fingerprint"], source["n_experts"], kept)
+
+
+def provenance_keys(checkpoint: Checkpoint) -> dict[str, str | int | list[int]]:
+    """What reap.json says, as keys of a GGUF file (`pruner.prune` writes the same); nothing for a checkpoint that nobody pruned.
+
+    Raises FormatError for a damaged reap.json.
+    """
+    if not (checkpoint.directory / PROVENANCE).is_file():
+        return {}
+    record = _read_provenance(checkpoint, read_checkpoint_layout(checkpoint)) or {}
+    keys: dict[str, str | int | list[int]] = {
+        "reap.version": str(record.get("reap", "")),
+        "reap.metric": str(record.get("metric", "")),
+        "reap.source.fingerprint": record["source"]["fingerprint"],
+        "reap.source.expert_count": record["source"]["n_experts"],
+    }
+    hashes = (record.get("calibration") or {}).get("sha256") or []
+    if hashes:
+        keys["reap.calibration.sha256"] = ",".join(map(str, hashes))
+    return keys | {f"reap.kept.{int(layer)}": ids for layer, ids in record["kept"].items()}
 
 
 def _read_provenance(checkpoint: Checkpoint, layout: CheckpointLayout) -> dict[str, Any] | None:
