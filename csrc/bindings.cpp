@@ -172,10 +172,10 @@ py::array_t<int32_t> tokenize(const Session & session, const py::bytes & text, b
     return to_numpy(ids, {static_cast<py::ssize_t>(ids.size())});
 }
 
-py::list devices() {
+py::list devices(const std::vector<std::string> & answering) {
     reap::start_engine();
     py::list result;
-    for (const reap::DeviceInfo & info : reap::list_devices()) {
+    for (const reap::DeviceInfo & info : reap::list_devices(answering)) {
         py::dict device;
         device["name"] = info.name;
         device["description"] = info.description;
@@ -314,7 +314,8 @@ PYBIND11_MODULE(_core, m) {
     m.def("quantized_size", &quantized_size, py::arg("options"));
     m.def("quantize", &quantize, py::arg("options"), py::arg("progress"));
 
-    m.def("devices", &devices);
+    m.def("devices", &devices, py::arg("answering"));
+    m.def("rpc_servers", &reap::rpc_servers);
     m.def("backends", &backends);
     m.def("load_backends", &load_backends, py::arg("folder"));
     m.def("serve_rpc", &serve_rpc, py::arg("endpoint"), py::arg("threads"));

@@ -28,6 +28,11 @@ const char * kind_of(ggml_backend_dev_t device) {
     }
 }
 
+// Whether a device belongs to an RPC server. Each server has a registry of its own, "RPC[host:port]".
+bool is_remote(ggml_backend_dev_t device) {
+    return std::string(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device))).rfind("RPC", 0) == 0;
+}
+
 // A function of the RPC backend, by name: a backend that is loaded at run time cannot be linked.
 template <typename Function>
 Function rpc_function(const char * name) {
@@ -41,10 +46,14 @@ Function rpc_function(const char * name) {
 
 }  // namespace
 
-std::vector<DeviceInfo> list_devices() {
+std::vector<DeviceInfo> list_devices(const std::vector<std::string> & answering) {
     std::vector<DeviceInfo> devices;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
         const ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        const std::string server = ggml_backend_dev_description(device);  // of a server's device: the server
+        if (is_remote(device) && std::find(answering.begin(), answering.end(), server) == answering.end()) {
+            continue;  // to ask a server that is gone would end the process
+        }
         const ggml_backend_buffer_type_t type = ggml_backend_dev_buffer_type(device);
         size_t free_bytes = 0;
         size_t total_bytes = 0;
@@ -59,6 +68,9 @@ std::vector<BackendInfo> list_backends() {
     std::vector<BackendInfo> backends;
     for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
         const ggml_backend_reg_t backend = ggml_backend_reg_get(i);
+        if (std::string(ggml_backend_reg_name(backend)).rfind("RPC[", 0) == 0) {
+            continue;  // a server, which is no backend of its own
+        }
         Dl_info library{};  // a registry entry is a static object of its backend's library
         const bool found = dladdr(backend, &library) != 0 && library.dli_fname != nullptr;
         backends.push_back({ggml_backend_reg_name(backend), found ? library.dli_fname : "", ggml_backend_reg_dev_count(backend)});
@@ -96,13 +108,14 @@ void add_rpc_servers(const std::vector<std::string> & endpoints) {
 
 bool rpc_servers_known() { return !known_servers.empty(); }
 
+std::vector<std::string> rpc_servers() { return {known_servers.begin(), known_servers.end()}; }
+
 std::vector<ggml_backend_dev_t> default_devices(const std::vector<std::string> & endpoints) {
     std::vector<ggml_backend_dev_t> remote, local;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
         const ggml_backend_dev_t device = ggml_backend_dev_get(i);
-        const std::string registry = ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
         const std::string description = ggml_backend_dev_description(device);  // of a server's device: the server
-        if (registry.rfind("RPC", 0) != 0) {
+        if (!is_remote(device)) {
             if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_GPU) {
                 local.push_back(device);
             }

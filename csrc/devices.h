@@ -18,7 +18,8 @@ struct DeviceInfo {
     uint64_t    total_bytes;
 };
 
-std::vector<DeviceInfo> list_devices();
+// Those of this machine, and of the RPC servers in `answering`.
+std::vector<DeviceInfo> list_devices(const std::vector<std::string> & answering);
 
 struct BackendInfo {
     std::string name;     // "CPU", "CUDA", "RPC", ...
@@ -35,7 +36,8 @@ void load_backends(const std::string & folder);
 // Adds the devices of RPC servers ("host:port") to those of this process, once each.
 void add_rpc_servers(const std::vector<std::string> & endpoints);
 
-// Whether any session of this process has added a server.
+// The servers that sessions of this process have added, and whether there are any.
+std::vector<std::string> rpc_servers();
 bool rpc_servers_known();
 
 // The devices to use where nobody names any: this machine's, and those of the servers named. Servers that an earlier session added stay

@@ -30,17 +30,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def wait_for(port: int) -> None:
+    for _ in range(300):
+        time.sleep(0.1)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "reap", "rpc-server", "--port", str(port), "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(300):
-            time.sleep(0.1)
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        wait_for(port)
         yield f"127.0.0.1:{port}"
     finally:
         process.kill()
@@ -148,6 +152,35 @@ def test_a_device_by_name(server: str, model: Path) -> None:
     found, n_bytes = sums_of(open_session(model, on_device(server, devices=[name]), head_on_host=True))
     assert (found["counts"] == expected["counts"]).all()
     assert n_bytes > 0
+
+
+def test_a_server_that_is_gone_is_not_asked(model: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "reap", "rpc-server", "--port", str(port), "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(port)
+        script = f"""
+import sys
+from reap.engine import EngineOptions, devices, open_session
+open_session({str(model)!r}, EngineOptions(rpc=["127.0.0.1:{port}"]))
+assert any("127.0.0.1:{port}" in device.description for device in devices())
+print("used", flush=True)
+sys.stdin.readline()
+assert not any("127.0.0.1:{port}" in device.description for device in devices())
+print("listed")
+"""
+        with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as user:
+            assert user.stdin is not None
+            assert user.stdout is not None
+            assert user.stdout.readline() == "used\n"
+            process.kill()
+            process.wait()
+            assert user.communicate("\n", timeout=60)[0] == "listed\n"
+            assert user.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_devices_lists_the_processor(capsys: pytest.CaptureFixture[str]) -> None:

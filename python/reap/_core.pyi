@@ -8,8 +8,13 @@ from numpy.typing import NDArray
 
 __llama_cpp_commit__: str
 
-def devices() -> list[dict[str, Any]]:
-    """name, description, kind ("cpu", "gpu", "igpu", "accel"), buffer_type: str; free_bytes, total_bytes: int."""
+def rpc_servers() -> list[str]:
+    """ "host:port" of the servers that sessions of this process have added."""
+
+def devices(answering: list[str]) -> list[dict[str, Any]]:
+    """Of this machine, and of the RPC servers that are known to answer: to ask one that is gone ends the process.
+
+    name, description, kind ("cpu", "gpu", "igpu", "accel"), buffer_type: str; free_bytes, total_bytes: int."""
 
 def backends() -> list[dict[str, Any]]:
     """name ("CPU", "CUDA", "RPC", ...), library (the file it was loaded from): str; n_devices: int."""

@@ -9,6 +9,7 @@ import ctypes
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reap import _native
-from reap.errors import EngineError, UsageError
+from reap.errors import EngineError, ReapError, UsageError
 
 if TYPE_CHECKING:
     from reap import _core
@@ -81,7 +82,9 @@ class Device:
 
 
 def devices() -> list[Device]:
-    """The devices of this machine that the engine can use, the processor among them."""
+    """The devices of this machine that the engine can use, the processor among them; and those of RPC servers that were used and answer."""
+    core = _native.load()
+    answering = [endpoint for endpoint in core.rpc_servers() if _answers(endpoint)]
     return [
         Device(
             name=found["name"],
@@ -91,7 +94,7 @@ def devices() -> list[Device]:
             memory_free=found["free_bytes"],
             memory_total=found["total_bytes"],
         )
-        for found in _native.load().devices()
+        for found in core.devices(answering)
     ]
 
 
@@ -202,6 +205,13 @@ def open_session(
     native.prediction_layer = -1 if prediction_layer is None else prediction_layer
     check_servers(options.rpc)
     return core.Session(native)
+
+
+def _answers(endpoint: str) -> bool:
+    with suppress(ReapError):
+        check_servers([endpoint], timeout_seconds=1.0)
+        return True
+    return False
 
 
 def check_servers(endpoints: Sequence[str], timeout_seconds: float = 5.0) -> None:
