@@ -15,7 +15,7 @@ from reap.agreement import Figures, Measurement, Predictions, figures, measure
 from reap.agreement import perplexity_of as perplexity_of
 from reap.engine import EngineOptions, SessionTokenizer, open_session
 from reap.errors import MismatchError, UsageError
-from reap.heldout import HeldOut, Text, read_heldout
+from reap.heldout import HeldOut, Text, read_heldout, text_files
 from reap.inspector import ModelInfo, inspect
 from reap.loops import Continuations, LoopFigures, choose_prompts, continue_prompts, loop_figures
 from reap.planner import PrunePlan
@@ -109,6 +109,7 @@ class Judge:
             raise UsageError(f"ctx_size is {options.ctx_size}, expected at least 4 tokens in a window")
         self.model = os.fspath(model)
         self.info: ModelInfo = inspect(model)  # what can be checked is checked before the engine sees the file
+        text_files(text)
         self._reference_bytes = reference_bytes
         self._session = open_session(model, options, n_bytes=self.info.n_bytes)
         self.text: HeldOut = read_heldout(text, SessionTokenizer(self._session), options.ctx_size, max_windows)

@@ -84,9 +84,7 @@ def read_heldout(text: Text, tokenizer: SessionTokenizer, ctx_size: int, max_win
 
     Raises UsageError for a file that cannot be read, CalibrationError for one that cannot be used, or a domain shorter than a window.
     """
-    files = [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
-    if not files:
-        raise UsageError("there is no text to evaluate on")
+    files = text_files(text)
     streams: dict[str | None, list[int]] = {}
     for path in files:
         own_domain = Path(path).stem if len(files) > 1 else None
@@ -104,6 +102,20 @@ def read_heldout(text: Text, tokenizer: SessionTokenizer, ctx_size: int, max_win
         domain_of += [domain] * len(cut)
     dropped = sum(len(tokens) for tokens in streams.values()) - len(windows) * ctx_size
     return HeldOut(tuple(files), ctx_size, tuple(windows), tuple(domain_of), dropped)
+
+
+def text_files(text: Text) -> list[str]:
+    """The paths of a text, each of which can be opened: before a model is loaded for nothing. Raises UsageError."""
+    files = [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
+    if not files:
+        raise UsageError("there is no text to evaluate on")
+    for path in files:
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    return files
 
 
 def _read_file(path: str, tokenizer: SessionTokenizer) -> Iterator[tuple[str | None, list[int]]]:
