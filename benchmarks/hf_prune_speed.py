@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import struct
@@ -148,6 +149,7 @@ def processes(source: Path, plan: Path) -> None:
     runs = [(f"reap.hf.prune, verify {verify}", PRUNE, verify) for verify in ("fast", "full", "none")]
     for label, script, option in [*runs, ("safetensors package, shard by shard", STRAIGHTFORWARD, "")]:
         shutil.rmtree(output, ignore_errors=True)
+        os.sync()
         each(remember, source)
         seconds, peak, _ = run_process(sys.executable, "-c", script, source, output, plan, option)
         n_bytes = sum(path.stat().st_size for path in output.iterdir())
