@@ -315,6 +315,15 @@ def test_loading_options(folder: Path, calibration: Path, options: dict[str, Any
     assert abs(profile.norm_sum.sum() / total - 1) < (1e-6 if exact else 0.05)
 
 
+@pytest.mark.parametrize("layers", ["cpu", "disk"])
+def test_device_map(folder: Path, calibration: Path, layers: str) -> None:
+    """accelerate's ways: by itself, and with the layers' weights on disk."""
+    names = {name for name, _ in built("nemotronh").model.named_children()}
+    split = {**{f"model.{name}": "disk" if name == "layers" else "cpu" for name in names}, "lm_head": "cpu"}
+    profile = hf.profile(folder, calibration, ctx_size=128, device_map="auto" if layers == "cpu" else split)
+    compare(layers, profile, truth("nemotronh"))
+
+
 def test_refusals(folder: Path, calibration: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no folder, where a Hugging Face checkpoint"):
         hf.profile(tmp_path / "absent", calibration)
@@ -472,6 +481,33 @@ def test_nf4(tmp_path: Path) -> None:
         np.testing.assert_allclose(getattr(profile, field), getattr(expected, field), rtol=1e-5)
     whole = hf.profile(checkpoint, lines(), ctx_size=128)
     assert not torch.equal(torch.tensor(whole.norm_sum), torch.tensor(profile.norm_sum))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "step35", "granite_swa", "granite_hybrid", "jamba", "deepseek_ocr"])
+def test_further_families(name: str) -> None:
+    """Against the oracle that the engine's profiles of these are held against."""
+    import torch_models
+    import torch_more_models
+    import torch_more_oracle
+
+    model = torch_more_models.build(name)
+    sums = torch_more_oracle.measure(model, torch_models.samples())
+    profile = hf.profile(model, lines(), ctx_size=128)
+    assert profile.layers.tolist() == sorted(sums)
+    for row, layer in enumerate(sorted(sums)):
+        np.testing.assert_array_equal(profile.counts[row], sums[layer].counts)
+        for field in SUMS:
+            np.testing.assert_allclose(getattr(profile, field)[row], getattr(sums[layer], field), rtol=1e-5, err_msg=field)
+
+
+def test_llama4_is_refused() -> None:
+    """Its gate multiplies what the experts are given."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "intermediate_size_mlp": 64, "head_dim": 32, "vocab_size": 320}
+    config = Llama4TextConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
+    with pytest.raises(UnsupportedModelError, match=r"its experts are called with \(\[192, 64\]\), where"):
+        hf.profile(Llama4ForCausalLM(config), [{"tokens": list(samples()[1])}], ctx_size=128)
 
 
 # ---- both halves

@@ -85,6 +85,24 @@ def test_pruned_model_is_the_masked_model(name: str, tmp_path: Path) -> None:
     compare(name, loaded.eval())
 
 
+def test_a_correction_bias_with_an_axis_in_front() -> None:
+    """Ernie's [1, n_experts]."""
+    import torch
+    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    config = Ernie4_5_MoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, moe_num_experts=8, moe_k=2, moe_layer_start_index=0)
+    model = Ernie4_5_MoeForCausalLM(config).eval()
+    blocks = [layer.block for layer in hf.find_moe_layers(model).values()]
+    for block in blocks:
+        block.gate.moe_statics.e_score_correction_bias.data.normal_()
+    before = blocks[0].gate.moe_statics.e_score_correction_bias.clone()
+    hf.prune_model(model, {layer.index: [7, 5, 2] for layer in hf.find_moe_layers(model).values()})
+    assert torch.equal(blocks[0].gate.moe_statics.e_score_correction_bias, before[:, [7, 5, 2]])
+    assert hf.profile(model, lines(), ctx_size=128).n_experts == model.config.moe_num_experts == 3
+
+
 def test_profile_plan_prune() -> None:
     """The whole road in memory; the pruned model can be profiled."""
     model = build("deepseek_v3")
@@ -112,6 +130,10 @@ def test_one_layer() -> None:
     assert torch.equal(block.experts.down_proj, before[[2, 5, 3]])
     assert (block.experts.num_experts, block.gate.num_experts, len(block.gate.weight)) == (3, 3, 3)
     assert len(model.model.layers[1].mlp.gate.weight) == 8
+    with pytest.raises(UnsupportedModelError, match=r"the layers have 3 \(model\.layers\.0\.mlp\) and 8 .* experts"):
+        hf.profile(model, lines(), ctx_size=128)
+    hf.prune_moe_layer(model, "model.layers.1.mlp", [0, 1, 2])  # layer by layer
+    assert hf.profile(model, lines(), ctx_size=128).n_experts == 3
 
 
 def test_a_list_of_modules_with_a_linear_router() -> None:

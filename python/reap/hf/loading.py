@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,14 +101,18 @@ def load_model(folder: Path, options: LoadOptions) -> Any:
     shards(folder)
     config = load_config(folder, options)
     named: dict[str, Any] = {"dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)}
+    offloaded = None
     if options.device_map is not None:
-        named["device_map"] = options.device_map
+        # for what accelerate puts on disk; goes with the model
+        offloaded = tempfile.TemporaryDirectory(prefix="reap-offload-", ignore_cleanup_errors=True)
+        named |= {"device_map": options.device_map, "offload_folder": offloaded.name}
     with translated(folder):
         model = auto_class(config).from_pretrained(
             folder, config=config, use_safetensors=True, local_files_only=True, trust_remote_code=options.trust_remote_code, **named
         )
         if "device_map" not in named:
             model = model.to(best_device(options.device))
+    model._reap_offloaded = offloaded
     return model.eval()
 
 

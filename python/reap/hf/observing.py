@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from reap.errors import EngineError, UnsupportedModelError
+from reap.hf.offloading import read_tensor
 from reap.hf.structure import MoELayer
 
 # receives the routings of some tokens: layer's row, tokens [n], ids, gates, norms [n, k]
@@ -28,6 +29,8 @@ Receiver = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 # how far the replaced call may be from the original one, relative to its largest value
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 _PROVED_TOKENS = 4
+# blocks whose class is called so multiply the sum that their experts return by routed_scaling_factor
+_FACTOR_BEHIND = ("Beam", "Laguna", "MiniMaxM3VL", "Step3p7")
 
 
 class Observer:
@@ -119,8 +122,19 @@ class _FusedWatch:
         if not self._is_proved:
             self._prove(hidden, ids, gates, combined)
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.promote_types(outputs.dtype, torch.float32))
-        self._receive(self._row, rows, ids, gates, norms)
+        self._receive(self._row, rows, ids, *self._scaled(ids, gates, norms))
         return combined
+
+    def _scaled(self, ids: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """The odd ones: a factor that the block applies behind its experts, and a scale of each expert that is not the gate's."""
+        block = self._layer.block
+        if type(block).__name__.startswith(_FACTOR_BEHIND):
+            gates = gates * float(getattr(block, "routed_scaling_factor", 1.0))
+        if getattr(self._layer.router, "per_expert_scale", None) is None:
+            return gates, norms
+        # Gemma-4's router multiplies its gates by what a GGUF file has as a scale of the experts: it belongs to f
+        scale = read_tensor(self._layer.router, "per_expert_scale").to(ids.device)[ids]
+        return gates / torch.where(scale == 0, 1, scale), norms * scale.abs()
 
     def _prove(self, hidden: Tensor, ids: Tensor, gates: Tensor, combined: Tensor) -> None:
         """The gate multiplies the output: the original call gives the same sum, and twice of it for twice the gates."""

@@ -93,11 +93,12 @@ class _Subject:
     """What is measured: a model, its layers and its tokenizer, and what is known of them."""
 
     def __init__(self, model: Any, name: str, tokenizer: Any, folder: Path | None, store: LayerStore | None = None) -> None:
-        from reap.hf.structure import find_moe_layers, text_config
+        from reap.hf.structure import find_moe_layers, require_one_count, text_config
 
         self.model, self.name, self.folder, self.store = model, name, folder, store
         # once quantised, experts no longer have the shapes by which they are found
         self.layers: list[MoELayer] = store.moe_layers if store else list(find_moe_layers(model).values())
+        require_one_count(self.layers)
         self.config = text_config(getattr(model, "config", None))
         self.tokenizer = HFTokenizer(tokenizer, _vocabulary(model, self.config))
 

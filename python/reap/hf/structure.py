@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ def find_moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 
     A block is a module with a child that holds experts (a list of modules alike, or tensors of three axes that begin with the
     expert) and a child that routes to as many (a matrix with a row for each). Models that contain a text model are searched whole.
-    Raises UnsupportedModelError where there is none, and where blocks differ in the number of experts.
+    Raises UnsupportedModelError where there is none.
     """
     config = text_config(getattr(model, "config", None))
     found: dict[str, MoELayer] = {}
@@ -69,10 +69,15 @@ def find_moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     indices = [layer.index for layer in found.values()]
     if len(set(indices)) != len(indices):
         raise UnsupportedModelError(f"{type(model).__name__}: several blocks with experts in one layer: {', '.join(found)}")
-    counts = {layer.n_experts for layer in found.values()}
-    if len(counts) > 1:
-        raise UnsupportedModelError(f"{type(model).__name__}: its layers have {sorted(counts)} experts, where one number was expected")
     return dict(sorted(found.items(), key=lambda item: item[1].index))
+
+
+def require_one_count(layers: Iterable[MoELayer]) -> None:
+    """UnsupportedModelError where layers differ in the number of experts: a profile and a configuration have one for all."""
+    counts = {layer.n_experts: layer.name for layer in layers}
+    if len(counts) > 1:
+        found = " and ".join(f"{count} ({name})" for count, name in sorted(counts.items()))
+        raise UnsupportedModelError(f"the layers have {found} experts, where one number was expected")
 
 
 def text_config(config: Any) -> Any:
@@ -82,21 +87,23 @@ def text_config(config: Any) -> Any:
     return getattr(config, "text_config", None) or config
 
 
-def expert_tensors(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """(module, name in it, tensor) of every parameter and buffer of the block whose first axis is the expert; none of a list's."""
+def expert_tensors(layer: MoELayer) -> Iterator[tuple[nn.Module, str, int]]:
+    """(module, name in it, axis) of every parameter and buffer of the block that has an axis of experts; none of a list's."""
     if not layer.is_list:
-        yield from _with_first_axis(layer.experts, layer.n_experts)
-    yield from _with_first_axis(layer.router, layer.n_experts)
+        yield from _with_axis(layer.experts, layer.n_experts)
+    yield from _with_axis(layer.router, layer.n_experts)
     for name, tensor in _own_tensors(layer.block):
         if _BLOCK_VECTORS.search(name) and tensor.shape[:1] == (layer.n_experts,):
-            yield layer.block, name, tensor
+            yield layer.block, name, 0
 
 
-def _with_first_axis(root: nn.Module, n_experts: int) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def _with_axis(root: nn.Module, n_experts: int) -> Iterator[tuple[nn.Module, str, int]]:
     for module in root.modules():
         for name, tensor in _own_tensors(module):
             if tensor.dim() and len(tensor) == n_experts and not _is_of_the_hidden_axis(module, name, tensor):
-                yield module, name, tensor
+                yield module, name, 0
+            elif tensor.shape == (1, n_experts) and _BLOCK_VECTORS.search(name):  # Ernie
+                yield module, name, 1
 
 
 def _is_of_the_hidden_axis(module: nn.Module, name: str, tensor: Tensor) -> bool:

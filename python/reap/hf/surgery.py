@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reap.errors import MismatchError, UnsupportedModelError, UsageError
 from reap.hf.offloading import read_tensor, replace_tensor
-from reap.hf.structure import MoELayer, expert_tensors, find_moe_layers, text_config
+from reap.hf.structure import MoELayer, expert_tensors, find_moe_layers, require_one_count, text_config
 from reap.planner import PrunePlan
 from reap.ranking import check_keep
 
@@ -72,6 +72,7 @@ def _kept_by_layer(plan: PrunePlan | Mapping[int, Sequence[int]]) -> dict[int, l
 
 def _check_model(model: nn.Module, layers: Mapping[str, MoELayer], plan: object, kept: Mapping[int, list[int]]) -> None:
     name = type(model).__name__
+    require_one_count(layers.values())
     indices = [layer.index for layer in layers.values()]
     if sorted(kept) != indices:
         raise MismatchError(f"the plan has the layers {sorted(kept)}, but the MoE layers of this {name} are {indices}")
@@ -112,7 +113,7 @@ def _tables(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _cut(layer: MoELayer, kept: Sequence[int]) -> None:
     ids = torch.tensor(list(kept), dtype=torch.int64)
     # all reading before the first change: what cannot be read leaves the layer whole
-    cut = [(module, name, _take(read_tensor(module, name), ids)) for module, name, _ in expert_tensors(layer)]
+    cut = [(module, name, _take(read_tensor(module, name), ids, axis)) for module, name, axis in expert_tensors(layer)]
     for module, name, tensor in cut:
         replace_tensor(module, name, tensor)
     if layer.is_list:
@@ -125,8 +126,8 @@ def _cut(layer: MoELayer, kept: Sequence[int]) -> None:
     _set_counts(layer.block, layer.n_experts, len(kept))
 
 
-def _take(tensor: Tensor, ids: Tensor) -> Tensor:
-    return tensor.detach().index_select(0, ids.to(tensor.device)).contiguous()
+def _take(tensor: Tensor, ids: Tensor, axis: int) -> Tensor:
+    return tensor.detach().index_select(axis, ids.to(tensor.device)).contiguous()
 
 
 def _cut_list(experts: nn.Module, kept: Sequence[int]) -> None:
