@@ -27,7 +27,8 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        shutil.copytree(args.clone / "tests", work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("tests", "docs"):
+            shutil.copytree(args.clone / name, work / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(args.clone / "pyproject.toml", work)  # pytest's settings
         tests = [f"tests/test_{name}.py" for name in QUICK]
         if args.all:

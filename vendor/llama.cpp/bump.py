@@ -4,8 +4,8 @@
     python vendor/llama.cpp/bump.py 0.3.37 --no-build   # stop after saying what changed in the source
 
 The version is that of the PyPI package that carries llama.cpp's tree (pin.cmake). Its source distribution is downloaded with pip, its
-sha256 taken, and the upstream commit read from the submodule that it records. What reap relies on by name is compared first: a renamed node,
-tensor or key ends the bump with a sentence before anything is built. Nothing is committed.
+sha256 taken, and the upstream commit read from the submodule that it records. What reap relies on by name is compared first: a renamed
+node, tensor or key ends the bump with a sentence before anything is built. Nothing is committed.
 """
 
 from __future__ import annotations
