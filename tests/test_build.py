@@ -214,3 +214,12 @@ def test_two_builds_at_once_do_not_break_each_other(fetch: ModuleType, tmp_path:
     assert [process.returncode for process in both] == [0, 0, 0, 0]
     assert len(trees) == 1
     assert (Path(trees.pop()) / "big").stat().st_size == 4 << 20
+
+
+# --- the source distribution
+
+
+def test_the_source_distribution_leaves_environments_and_builds_out() -> None:
+    """A clone has them in its folder, and one of these folders once made it 140 MB."""
+    excluded = re.findall(r"^sdist\.exclude = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    assert {'"/.venv"', '"/build"', '"/dist"', '"/wheelhouse"'} <= set(excluded.split(", "))
