@@ -22,23 +22,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from routings import WINDOW, Run, compare, measure
 
-WINDOW = 256
 TOLERANCE = 1e-5  # where nothing is rounded on the way
-
-
-@dataclass(frozen=True)
-class Run:
-    """One build's answer: the CPU backend's library, experts [windows, tokens, layers, n_experts] and their g·‖f‖, same shape."""
-
-    library: str
-    routed: np.ndarray[Any, np.dtype[np.bool_]]
-    gated_norm: np.ndarray[Any, np.dtype[np.float64]]
 
 
 def main() -> int:
@@ -84,55 +73,20 @@ def as_floats(source: Path, target: Path) -> Path:
 def compare_all(args: argparse.Namespace, model: Path, tolerance: float | None) -> int:
     """1 where REAP differs by more than the tolerance, in any variant."""
     expected = run(args.source, model, args.tokens)
-    print(f"source build: {expected.library}; {expected.routed[..., 0].size:,} routings of {args.tokens:,} tokens")
+    print(f"source build: {expected.label}; {expected.routed[..., 0].size:,} routings of {args.tokens:,} tokens")
     chosen = run(args.wheel, model, args.tokens)
-    worst = compare(f"the wheel's choice, {chosen.library}", expected, chosen, args.list)
+    worst = compare(f"the wheel's choice, {chosen.label}", expected, chosen, args.list).largest
     package = package_of(args.wheel)
     for library in sorted(package.glob("libggml-cpu-*.so")):
-        if library.name != chosen.library:
+        if library.name != chosen.label:
             found = run_alone(args.wheel, package, library, model, args.tokens)
             if found is None:
                 print(f"{library.name}: not for this processor")
             else:
-                worst = max(worst, compare(library.name, expected, found, args.list))
+                worst = max(worst, compare(library.name, expected, found, args.list).largest)
     if tolerance is not None:
         print(f"largest difference {worst:.1e}, allowed {tolerance:.0e}: {'holds' if worst <= tolerance else 'DOES NOT HOLD'}")
     return int(tolerance is not None and worst > tolerance)
-
-
-def compare(name: str, expected: Run, found: Run, n_listed: int) -> float:
-    """Print where two builds differ; the largest relative difference of REAP apart from flipped routings."""
-    flipped = (expected.routed != found.routed).any(axis=-1)
-    # what a flip in layer l of token t can reach: the same token and those behind it, in the layers above
-    below = np.cumsum(flipped, axis=2) - flipped
-    reached = np.maximum.accumulate(below > 0, axis=1) | flipped
-    rest = ~reached[..., None]
-    a, b = (reap(one, rest) for one in (expected, found))
-    both = ~np.isnan(a)
-    difference = np.abs(a - b)[both] / a[both]
-    same = f"REAP differs by {difference.max():.1e} at most, {np.median(difference):.1e} in the median expert"
-    if np.array_equal(expected.gated_norm, found.gated_norm):
-        same = "every value is bit for bit the same"
-    print(f"{name}: {flipped.sum():,} routings flipped, {reached.sum():,} of {flipped.size:,} set aside; on the rest {same}")
-    for window, token, layer in np.argwhere(flipped)[:n_listed]:
-        names = [sorted(np.flatnonzero(one.routed[window, token, layer])) for one in (expected, found)]
-        left, came = (set(names[i]) - set(names[1 - i]) for i in (0, 1))
-        print(f"    window {window}, token {token}, layer {layer}: {text(left)} -> {text(came)}")
-    if flipped.sum() > n_listed:
-        print(f"    and {flipped.sum() - n_listed:,} more")
-    sys.stdout.flush()
-    return float(difference.max())
-
-
-def text(experts: set[int]) -> str:
-    return ", ".join(str(int(expert)) for expert in sorted(experts))
-
-
-def reap(one: Run, rest: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Σ g·‖f‖ / n over the routings of `rest`: [layers, n_experts], NaN where there is none."""
-    counts = (one.routed & rest).sum(axis=(0, 1)).astype(float)
-    sums = np.where(rest, one.gated_norm, 0.0).sum(axis=(0, 1))
-    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 # ---- running
@@ -145,7 +99,7 @@ def run(python: str, model: Path, n_tokens: int, path: str | None = None) -> Run
         command = [python, __file__, "--child", str(model), str(out), "--tokens", str(n_tokens)]
         subprocess.run(command, check=True, env=environment, stderr=None if path is None else subprocess.DEVNULL)
         with np.load(out) as arrays:
-            return Run(str(arrays["library"]), arrays["routed"], arrays["gated_norm"])
+            return Run(str(arrays["label"]), arrays["routed"], arrays["gated_norm"])
 
 
 def package_of(python: str) -> Path:
@@ -179,19 +133,10 @@ def child(model: Path, out: Path, n_tokens: int) -> None:
     session = open_session(model, options)
     text = (files("reap") / "data" / "calibration.jsonl").read_bytes()
     tokens = np.asarray(session.tokenize(text, False, False))[:n_tokens]
-    layers, n_experts = list(info.moe_layers), info.n_experts
-    assert n_experts is not None
-    positions, zeros = np.arange(WINDOW, dtype=np.int32), np.zeros(WINDOW, np.int32)
-    counts, sums = [], []
-    for window in np.split(tokens[: len(tokens) // WINDOW * WINDOW], len(tokens) // WINDOW):
-        session.start_profile(layers, n_experts)
-        session.profile_batch(window, positions, zeros, positions)  # the last: each token is a group of its own
-        session.commit(1)
-        groups = [session.sums(token) for token in range(WINDOW)]
-        counts.append([group["counts"] for group in groups])
-        sums.append([group["gated_norm_sum"] for group in groups])
+    assert info.n_experts is not None
     library = next(backend.library for backend in backends() if backend.name == "CPU")
-    np.savez(out, library=library, routed=np.asarray(counts) > 0, gated_norm=np.asarray(sums))
+    measured = measure(library, session, list(info.moe_layers), info.n_experts, tokens)
+    np.savez(out, label=measured.label, routed=measured.routed, gated_norm=measured.gated_norm)
 
 
 if __name__ == "__main__":

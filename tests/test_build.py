@@ -7,10 +7,13 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -39,6 +42,81 @@ def test_gcc_keeps_the_stores_of_the_tile_configuration() -> None:
         for command in commands:
             assert "-fno-tree-dse" in command.split()
             assert "-fno-dse" in command.split()
+
+
+def load_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"reap_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WHOLE = """
+vpxor  %xmm0,%xmm0,%xmm0
+mov    0x10aa67(%rip),%rdx
+vmovdqa64 %zmm0,0xc0(%rsp)
+vmovdqa 0x10aa47(%rip),%xmm0
+movb   $0x1,0xc0(%rsp)
+mov    %rdx,0xf0(%rsp)
+vmovdqa %xmm0,0xd0(%rsp)
+ldtilecfg 0xc0(%rsp)
+"""
+
+
+def test_the_check_of_the_machine_code_sees_a_store_that_is_missing() -> None:
+    """What GCC 12 makes with the flags, and without them: the rows and the widths of the tiles stay zero."""
+    amx_stores = load_script(ROOT / "packaging" / "amx_stores.py")
+    lines = WHOLE.split("\n")[1:-1]
+    assert amx_stores.missing_bytes(lines) == {}
+    without = [line for line in lines if "0xf0" not in line and "0xd0" not in line]
+    assert amx_stores.missing_bytes(without) == {"ldtilecfg 0xc0(%rsp)": [*range(16, 32, 2), *range(48, 56)]}
+    not_even_zeros = [line for line in without if "zmm0" not in line]
+    assert len(amx_stores.missing_bytes(not_even_zeros)["ldtilecfg 0xc0(%rsp)"]) == 63
+
+
+def cpu_backends() -> list[Path]:
+    folders = {Path(reap._core.__file__).parent, *(path.parent for path in ROOT.glob("build/*/bin/libggml-cpu*.so"))}
+    return sorted(path for folder in folders for path in folder.glob("libggml-cpu*.so"))
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None and not os.environ.get("CI"), reason="no objdump")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
+def test_every_tile_configuration_that_was_built_is_whole() -> None:
+    """In the machine code: also of a wheel's AMX variant, which may never have run where it is built."""
+    amx_stores = load_script(ROOT / "packaging" / "amx_stores.py")
+    libraries = cpu_backends()
+    assert libraries
+    for library in libraries:
+        assert amx_stores.missing_bytes(amx_stores.disassemble(library)) == {}, library
+
+
+def test_the_extra_has_the_cuda_that_the_backend_is_built_with() -> None:
+    toolkit = (ROOT / "packaging" / "cuda_toolkit.py").read_text()
+    extra = re.findall(r"^cuda = .*$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    for package in ("nvidia-cublas", "nvidia-cuda-runtime"):
+        built = re.findall(rf'"{package}==(\d+)\.(\d+)', toolkit)[0]
+        assert f"{package}>={built[0]}.{built[1]},<{int(built[0]) + 1}" in extra
+
+
+def test_the_cuda_distribution_holds_the_backend_alone(tmp_path: Path) -> None:
+    cuda_addon = load_script(ROOT / "packaging" / "cuda_addon.py")
+    wheel = tmp_path / "reap_moe-1.2.3-cp312-cp312-manylinux_2_28_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("reap/__init__.py", "reap/libggml-cuda.so", "reap/libllama.so", "reap/licenses/llama.cpp.LICENSE"):
+            archive.writestr(name, f"content of {name}")
+        archive.writestr("reap_moe-1.2.3.dist-info/licenses/LICENSE", "ours")
+    made = cuda_addon.make_addon(wheel, tmp_path / "out")
+    assert made.name == "reap_moe_cuda-1.2.3-py3-none-manylinux_2_28_x86_64.whl"
+    with zipfile.ZipFile(made) as archive:
+        names = set(archive.namelist())
+        assert {name for name in names if not name.startswith("reap_moe_cuda-1.2.3.dist-info/")} == {"reap/libggml-cuda.so"}
+        assert {"llama.cpp.LICENSE", "LICENSE"} == {Path(name).name for name in names if "/licenses/" in name}
+        assert b"Requires-Dist: reap-moe[cuda]==1.2.3\n" in archive.read("reap_moe_cuda-1.2.3.dist-info/METADATA")
+    with pytest.raises(ValueError, match=r"MB where PyPI takes .*; name fewer CUDA architectures"):
+        cuda_addon.make_addon(wheel, tmp_path / "out", max_bytes=100)
+    assert not made.exists()
 
 
 def test_what_is_installed_carries_its_libraries_and_licences() -> None:
@@ -136,3 +214,12 @@ def test_two_builds_at_once_do_not_break_each_other(fetch: ModuleType, tmp_path:
     assert [process.returncode for process in both] == [0, 0, 0, 0]
     assert len(trees) == 1
     assert (Path(trees.pop()) / "big").stat().st_size == 4 << 20
+
+
+# --- the source distribution
+
+
+def test_the_source_distribution_leaves_environments_and_builds_out() -> None:
+    """A clone has them in its folder, and one of these folders once made it 140 MB."""
+    excluded = re.findall(r"^sdist\.exclude = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    assert {'"/.venv"', '"/build"', '"/dist"', '"/wheelhouse"'} <= set(excluded.split(", "))

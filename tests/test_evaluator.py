@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import reap
 from gguf_builder import build_moe
 from llama_tools import require_tool
 from reap.agreement import Figures
@@ -25,7 +26,7 @@ from reap.profiler import profile
 from reap.progress import Progress
 from reap.pruner import prune
 
-DATA = Path(__file__).parent.parent / "python" / "reap" / "data"
+DATA = Path(reap.__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")

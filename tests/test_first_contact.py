@@ -17,7 +17,7 @@ import pytest
 import reap
 from reap import _native, engine
 from reap.cli import main
-from reap.engine import Backend
+from reap.engine import Backend, Device
 from reap.errors import NativeModuleMissing
 
 PACKAGE = Path(_native.__file__).parent
@@ -58,7 +58,10 @@ def test_a_backend_that_cannot_be_used_is_named_with_the_reason(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = [Backend("CPU", "libggml-cpu.so", 1), Backend("CUDA", "libggml-cuda.so", 0, "there is no NVIDIA driver")]
+    cpu = Device("CPU", "a processor", "cpu", "CPU", 1, 2)
     monkeypatch.setattr(engine, "backends", lambda: found)
+    # not asked for: other tests leave servers behind that are gone, and the engine ends the process where it asks one for its memory
+    monkeypatch.setattr(engine, "devices", lambda: [cpu])
     assert main(["devices"]) == 0
     assert "CUDA is installed and not used: there is no NVIDIA driver" in capsys.readouterr().out
     assert main(["devices", "--json"]) == 0

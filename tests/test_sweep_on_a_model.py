@@ -22,7 +22,7 @@ from reap.engine import open_session
 from reap.errors import Interrupted, MismatchError, ReapWarning, UsageError
 from reap.heldout import HeldOut
 
-DATA = Path(__file__).parent.parent / "python" / "reap" / "data"
+DATA = Path(reap.__file__).parent / "data"
 MODEL = next(DATA.glob("reap-demo-*.gguf"))
 OPTIONS: dict[str, Any] = {"threads": 1, "ctx_size": 128}
 

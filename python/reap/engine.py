@@ -112,7 +112,8 @@ class Backend:
 def backends() -> list[Backend]:
     """The backends that are installed, those among them that cannot be used here with the reason."""
     core = _native.load()
-    loaded = [Backend(found["name"], Path(found["library"]).name, found["n_devices"]) for found in core.backends()]
+    # a server that was added is a backend as well, but of no file
+    loaded = [Backend(found["name"], Path(found["library"]).name, found["n_devices"]) for found in core.backends() if found["library"]]
     idle = [
         replace(backend, problem="no device was found") if not backend.n_devices and backend.name != "RPC" else backend
         for backend in loaded
