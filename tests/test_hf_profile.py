@@ -309,7 +309,9 @@ def test_a_folder(folder: Path, calibration: Path) -> None:
 def test_loading_options(folder: Path, calibration: Path, options: dict[str, Any]) -> None:
     profile = hf.profile(folder, calibration, ctx_size=128, **options)
     exact = options["dtype"] == "float32"
-    assert profile.engine["options"]["weights"] == (["float32"] if exact else ["bfloat16"])
+    weights = profile.engine["options"]["weights"]
+    # some versions of transformers keep the correction bias in 32 bits
+    assert weights == ["float32"] if exact else "bfloat16" in weights and set(weights) <= {"bfloat16", "float32"}
     expected = truth("nemotronh")
     total = np.stack([expected[layer]["norm_sum"].numpy() for layer in sorted(expected)]).sum()
     assert abs(profile.norm_sum.sum() / total - 1) < (1e-6 if exact else 0.05)
@@ -409,10 +411,21 @@ def test_interrupting_the_command(folder: Path, tmp_path: Path) -> None:
     calibration.write_text(
         json.dumps({"tokens": list(samples()[1])}) + "\n" + "\n".join([json.dumps({"tokens": list(samples()[3])})] * 3000)
     )
-    command = [sys.executable, "-m", "reap", "hf", "profile", str(folder), str(calibration), "-o", str(tmp_path / "p.json"), "-c", "128"]
     kept = tmp_path / "kept.json"
-    child = subprocess.Popen([*command, "--checkpoint", str(kept)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(20)
+    words = ["hf", "profile", str(folder), str(calibration), "-o", str(tmp_path / "p.json"), "-c", "128", "--checkpoint", str(kept)]
+    # the command itself, but for a checkpoint after every sample: the first one says that it is measuring
+    script = f"""
+import functools, sys
+import reap.hf
+from reap.cli import main
+reap.hf.profile = functools.partial(reap.hf.profile, checkpoint_seconds=0.0)
+sys.exit(main({words!r}))
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if kept.exists() or child.poll() is not None:
+            break
+        time.sleep(0.1)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130, said
