@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,14 @@ def test_the_command(model: Path, plan: PrunePlan, text: Path, tmp_path: Path, c
         assert word in printed
     assert main(["evaluate", str(model), str(text), "--plan", str(text)]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_text_of_the_calibration_is_named(model: Path, plan: PrunePlan, text: Path) -> None:
+    assert evaluate(model, text, plan=plan, ctx_size=256, threads=1).warnings == ()
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    seen = replace(plan, calibration={"files": ["c.txt"], "sha256": [digest]})
+    (warning,) = evaluate(model, text, plan=seen, ctx_size=256, threads=1).warnings
+    assert warning.startswith(f"{text}: is the calibration file c.txt itself")
 
 
 def test_texts_that_cannot_be_used(model: Path, tmp_path: Path) -> None:

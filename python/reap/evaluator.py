@@ -18,6 +18,7 @@ from reap.errors import MismatchError, UsageError
 from reap.heldout import HeldOut, Text, read_heldout, text_files
 from reap.inspector import ModelInfo, inspect
 from reap.loops import Continuations, LoopFigures, choose_prompts, continue_prompts, loop_figures
+from reap.overlap import overlap_warnings
 from reap.planner import PrunePlan
 from reap.progress import Progress, ProgressCallback
 from reap.pruner import check_plan, plan_warnings
@@ -332,7 +333,13 @@ def evaluate(
         expected, before = examine(judge)
     result = judge.score(the_plan, reference=expected, progress=steps.next())
     found = judge.continuations(the_plan, steps.next()) if loops else None
-    return replace(result, loops=loop_figures(found, before) if found else None, seconds=time.perf_counter() - started)
+    seen_before = overlap_warnings(judge.text.file_digests(), (), the_plan.calibration) if the_plan is not None else []
+    return replace(
+        result,
+        loops=loop_figures(found, before) if found else None,
+        warnings=(*result.warnings, *seen_before),
+        seconds=time.perf_counter() - started,
+    )
 
 
 class _Steps:

@@ -52,6 +52,10 @@ class HeldOut:
         """bool [n_windows · n_scored]: which of the scored tokens are of that domain."""
         return np.repeat([name == domain for name in self.domain_of], self.n_scored)
 
+    def file_digests(self) -> dict[str, str]:
+        """SHA-256 of each file, by its name."""
+        return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.files}
+
     def thinned(self, n_windows: int) -> HeldOut:
         """About `n_windows` of the windows, spread evenly over each domain; at least one of every domain."""
         total = len(self.windows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -241,7 +239,7 @@ class EngineJudge:
         text = self.judge.text
         return {
             "files": list(text.files),
-            "sha256": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in text.files],
+            "sha256": list(text.file_digests().values()),
             "domains": list(text.domains),
             "tokens": len(text.windows) * text.n_scored,
             "windows": len(text.windows),
