@@ -236,9 +236,13 @@ def write_json(path: str | os.PathLike[str], document: dict[str, Any]) -> Path:
 
     Objects are indented, lists stand on one line. Doubles survive exactly. Raises OutputError.
     """
+    return write_whole(path, json_bytes(document))
+
+
+def json_bytes(document: dict[str, Any]) -> bytes:
+    """What `write_json` writes."""
     # A file name that is no UTF-8 holds lone surrogates; written out, backslashreplace gives their JSON escape.
-    data = (_format(document, 0) + "\n").encode("utf-8", "backslashreplace")
-    return write_whole(path, data)
+    return (_format(document, 0) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:

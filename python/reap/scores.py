@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import FormatError, ReapWarning, UsageError
-from reap.jsonfile import EXPERT_LIMIT, LARGE_VARIABLE, LAYER_LIMIT, Node, read_json, too_many, write_json
+from reap.jsonfile import EXPERT_LIMIT, LARGE_VARIABLE, LAYER_LIMIT, Node, json_bytes, read_json, too_many, write_whole
 from reap.overlap import read_sketch
 
 if TYPE_CHECKING:
@@ -191,8 +191,9 @@ class Profile:
 
         A ReapWarning says so where the file is so large that reap reads it only on demand.
         """
-        written = write_json(path, self.to_dict())
-        if written.is_file() and (problem := too_many(written.read_bytes())):
+        data = json_bytes(self.to_dict())
+        written = write_whole(path, data)
+        if written.is_file() and (problem := too_many(data)):
             message = f"{written}: has {problem}; it is read again with {LARGE_VARIABLE}=1 in the environment only"
             warnings.warn(message, ReapWarning, stacklevel=2)
         return written
