@@ -1,9 +1,10 @@
 """Writes docs/architectures.md: what reap does with every MoE architecture of the pinned llama.cpp.
 
     cmake --preset tools && cmake --build build/tools --target reap-llama-tools
-    python benchmarks/architecture_table.py            # about two minutes on two cores; --check compares and writes nothing
+    python benchmarks/architecture_table.py            # about two minutes on two cores; --check compares and writes
+                                                       nothing
 
-The checks are those of tests/test_architectures.py.
+The checks are those of tests/engine/test_architectures.py.
 """
 
 from __future__ import annotations
@@ -19,35 +20,63 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from architecture_check import LEAST_GAP, Outcome, check  # noqa: E402
-from architectures import DENSE, GROUPED, MOE, N_EXPERTS, NOT_GENERATED, PREDICTING, REFUSED, WITH_PREDICTION  # noqa: E402
-from llama_tools import find_tool  # noqa: E402
+from helpers.architecture_check import LEAST_GAP, Outcome, check  # noqa: E402
+from helpers.architectures import (  # noqa: E402
+    DENSE,
+    GROUPED,
+    MOE,
+    N_EXPERTS,
+    NOT_GENERATED,
+    PREDICTING,
+    REFUSED,
+    WITH_PREDICTION,
+)
+from helpers.llama_tools import find_tool  # noqa: E402
 
 TARGET = ROOT / "docs" / "architectures.md"
 PROGRAMS = ("test-llama-archs", "reap-dump-nodes")
-COLUMNS = ("architecture", "MoE layers", "profiles", "counts exact", "loads after pruning", "same as removal by hand", "virtual = physical")
+COLUMNS = (
+    "architecture",
+    "MoE layers",
+    "profiles",
+    "counts exact",
+    "loads after pruning",
+    "same as removal by hand",
+    "virtual = physical",
+)
 
 INTRODUCTION = f"""# Architectures
 
 Written by `benchmarks/architecture_table.py`; do not edit. llama.cpp {{commit}}.
 
-llama.cpp's own test suite writes a tiny random model of each of its architectures (`test-llama-archs -o DIR`; 2 experts, top-2, no
-tokenizer). For the {{n_moe}} that have experts, the experts are repeated with noise to {N_EXPERTS} (`tests/architectures.py`, with the
+llama.cpp's own test suite writes a tiny random model of each of its architectures (`test-llama-archs -o DIR`; 2
+experts, top-2, no
+tokenizer). For the {{n_moe}} that have experts, the experts are repeated with noise to {N_EXPERTS}
+(`tests/architectures.py`, with the
 `gguf` package; {{grouped}} with a router of two groups), and each model is put to these questions:
 
-- **profiles**: `reap.profile` gives statistics for every MoE layer, each token of each layer is counted exactly top-k times, REAP is
-  finite and positive wherever there are counts, and four ways of cutting the same tokens into batches and ubatches agree.
-- **counts exact**: the counts are those of the graph's own nodes, read by an independent program (`tests/tools/dump_nodes.cpp`), and all
-  sums agree with these nodes to 1e-5. There the gate is known to be the right one because gate × output is what the graph goes on with,
+- **profiles**: `reap.profile` gives statistics for every MoE layer, each token of each layer is counted exactly top-k
+  times, REAP is
+  finite and positive wherever there are counts, and four ways of cutting the same tokens into batches and ubatches
+  agree.
+- **counts exact**: the counts are those of the graph's own nodes, read by an independent program
+  (`tests/tools/dump_nodes.cpp`), and all
+  sums agree with these nodes to 1e-5. There the gate is known to be the right one because gate × output is what the
+  graph goes on with,
   and output and expert belong together because the output is computed again from the file's weights.
-- **loads after pruning**: `reap.prune` to {N_EXPERTS // 2} experts writes exactly the tensors that slicing by hand gives, the engine
+- **loads after pruning**: `reap.prune` to {N_EXPERTS // 2} experts writes exactly the tensors that slicing by hand
+  gives, the engine
   loads them, and the logits are finite.
-- **same as removal by hand**: those logits equal, to 1e-5 of the largest, the logits of the whole model in which the same independent
+- **same as removal by hand**: those logits equal, to 1e-5 of the largest, the logits of the whole model in which the
+  same independent
   program writes −inf over the removed experts' router values.
-- **virtual = physical**: those logits equal, to 1e-5 of the largest, the logits of reap's own virtual pruning (`Session.set_kept`), with
-  the same four ways of cutting batches, with the logits of all tokens and of the second half alone; lifted, it leaves nothing behind.
+- **virtual = physical**: those logits equal, to 1e-5 of the largest, the logits of reap's own virtual pruning
+  (`Session.set_kept`), with
+  the same four ways of cutting batches, with the logits of all tokens and of the second half alone; lifted, it leaves
+  nothing behind.
 
-Only samples count in which the last expert selected is ahead of the first one not selected by {LEAST_GAP:g} everywhere, so that equal
+Only samples count in which the last expert selected is ahead of the first one not selected by {LEAST_GAP:g}
+everywhere, so that equal
 counts are no matter of luck.
 """
 
@@ -111,21 +140,33 @@ def document(outcomes: Sequence[Outcome], commit: str) -> str:
     ]
     lines += bullets(NOT_GENERATED)
     dense = " and ".join(f"`{name}`" for name in DENSE)
-    lines += ["", f"The program's models of {dense} are called MoE, but hold no experts: `reap.profile` says that they are dense."]
+    lines += [
+        "",
+        (
+            f"The program's models of {dense} are called MoE, but hold no experts: `reap.profile` says that they are"
+            " dense."
+        ),
+    ]
     lines += ["", "## Notes", "", *NOTES]
     return "\n".join(lines) + "\n"
 
 
 PREDICTION = """## Prediction blocks
 
-The program writes no multi-token-prediction blocks. Where llama.cpp can run one with experts, a copy of another block is added as one
-(`add_prediction_block`), and the same questions are put to that model: the block is profiled in a context of its own, fed as in
-llama.cpp's speculative decoding, which leaves out the first token of each sample. The logits do not depend on it; that it loads and runs
+The program writes no multi-token-prediction blocks. Where llama.cpp can run one with experts, a copy of another block
+is added as one
+(`add_prediction_block`), and the same questions are put to that model: the block is profiled in a context of its own,
+fed as in
+llama.cpp's speculative decoding, which leaves out the first token of each sample. The logits do not depend on it; that
+it loads and runs
 after pruning is seen by profiling the pruned model again."""
 
 NOTES = (
     "- `llama4` multiplies the experts' input by the gate. Its output already holds the gate, so g·‖f‖ is ‖f‖ there.",
-    "- `llada-moe` and `rnd1` are diffusion models, which must see a whole sample at once: batch and ubatch are raised to the context.",
+    (
+        "- `llada-moe` and `rnd1` are diffusion models, which must see a whole sample at once: batch and ubatch are"
+        " raised to the context."
+    ),
     "- Mixtral is `llama` with experts, DeepSeek-V3 is `deepseek2`, GLM-4-MoE is `glm4moe`.",
 )
 

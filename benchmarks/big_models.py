@@ -1,4 +1,5 @@
-"""Random models with the dimensions of real ones and few layers, written in seconds: every tensor is a slice of one random buffer."""
+"""Random models with the dimensions of real ones and few layers, written in seconds: every tensor is a slice of one
+random buffer."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ Bytes = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What of a real model is kept; `pattern` is one letter a layer (A attention and experts, M Mamba, E experts, * attention)."""
+    """What of a real model is kept; `pattern` is one letter a layer (A attention and experts, M Mamba, E experts, *
+    attention)."""
 
     name: str
     architecture: str
@@ -35,11 +37,14 @@ class Dimensions:
 
 
 QWEN3 = Dimensions("Qwen3-30B-A3B", "qwen3moe", 2048, 128, 8, 768, 151936, 32, 4, 128, "AAAA", 48)
-NEMOTRON = Dimensions("Nemotron-3-Nano-30B-A3B", "nemotron_h_moe", 2688, 128, 6, 1856, 131072, 32, 2, 128, "MEM*EMEM", 23, 3712)
+NEMOTRON = Dimensions(
+    "Nemotron-3-Nano-30B-A3B", "nemotron_h_moe", 2688, 128, 6, 1856, 131072, 32, 2, 128, "MEM*EMEM", 23, 3712
+)
 
 
 def write_model(path: Path, d: Dimensions, kind: Type) -> Path:
-    """A GGUF without a tokenizer; matrices in `kind`, or in Q5_0 where a row is no whole number of its blocks (as llama-quantize does)."""
+    """A GGUF without a tokenizer; matrices in `kind`, or in Q5_0 where a row is no whole number of its blocks (as
+    llama-quantize does)."""
     writer = gguf.GGUFWriter(str(path), d.architecture)
     _add_keys(writer, d)
     source = _Source(kind)
@@ -107,7 +112,11 @@ def _block(d: Dimensions, letter: str) -> dict[str, tuple[int, ...]]:
         "ffn_down_exps.weight": (d.n_experts, d.n_embd, d.n_ff),
     }
     if letter == "A":
-        norms = {"attn_q_norm.weight": (d.n_head_dim,), "attn_k_norm.weight": (d.n_head_dim,), "ffn_norm.weight": (d.n_embd,)}
+        norms = {
+            "attn_q_norm.weight": (d.n_head_dim,),
+            "attn_k_norm.weight": (d.n_head_dim,),
+            "ffn_norm.weight": (d.n_embd,),
+        }
         return {**attention, **norms, **experts, "ffn_gate_exps.weight": (d.n_experts, d.n_ff, d.n_embd)}
     if letter == "E":
         shared = {"ffn_up_shexp.weight": (d.n_ff_shared, d.n_embd), "ffn_down_shexp.weight": (d.n_embd, d.n_ff_shared)}
@@ -137,8 +146,18 @@ class _Source:
         self._rng = np.random.default_rng(0)
 
     def add(self, writer: gguf.GGUFWriter, name: str, *shape: int) -> None:
-        if len(shape) == 1 or "ffn_gate_inp" in name or name.rpartition(".")[2] in ("ssm_a", "ssm_d") or "conv1d" in name or "norm" in name:
-            values = np.ones(shape, np.float32) if "norm" in name else self._rng.standard_normal(shape).astype(np.float32) * 0.02
+        if (
+            len(shape) == 1
+            or "ffn_gate_inp" in name
+            or name.rpartition(".")[2] in ("ssm_a", "ssm_d")
+            or "conv1d" in name
+            or "norm" in name
+        ):
+            values = (
+                np.ones(shape, np.float32)
+                if "norm" in name
+                else self._rng.standard_normal(shape).astype(np.float32) * 0.02
+            )
             writer.add_tensor(name, -np.abs(values) if name.endswith("ssm_a") else values)
             return
         kind = self._kind if shape[-1] % GGML_QUANT_SIZES[self._kind][0] == 0 else Type.Q5_0

@@ -5,15 +5,17 @@
     python benchmarks/cuda_check.py --device Vulkan0    # any other device
     python benchmarks/cuda_check.py --rpc HOST:PORT     # a device of another machine (`reap rpc-server`)
 
-Correctness, on the embedded model (Q8_0) and on a random one in F32: the same tokens on the processor and on the device, each token's
-experts and their g·‖f‖. Devices round in their own way, so routings that are close may flip; they are counted and listed, and REAP is
-compared on the rest. What is reap's own on a device, the reduction of outputs to norms, is compared on the device itself with the outputs
-read back whole: there it must agree to 1e-5.
+Correctness, on the embedded model (Q8_0) and on a random one in F32: the same tokens on the processor and on the
+device, each token's experts and their g·‖f‖. Devices round in their own way, so routings that are close may flip; they
+are counted and listed, and REAP is compared on the rest. What is reap's own on a device, the reduction of outputs to
+norms, is compared on the device itself with the outputs read back whole: there it must agree to 1e-5.
 
-Speed: a model with the dimensions of Qwen3-30B-A3B and few layers, the passes in turn: `all` yields every token's logits, `last` the last
-token's (what llama-bench times), `profile`. Traffic: what the collector reads from the device, with the reduction there and without.
+Speed: a model with the dimensions of Qwen3-30B-A3B and few layers, the passes in turn: `all` yields every token's
+logits, `last` the last token's (what llama-bench times), `profile`. Traffic: what the collector reads from the device,
+with the reduction there and without.
 
-Exit code 1 where one of these does not hold: norms agree to 1e-5; at most 2 % of routings flip; the median expert's REAP agrees to 1 %.
+Exit code 1 where one of these does not hold: norms agree to 1e-5; at most 2 % of routings flip; the median expert's
+REAP agrees to 1 %.
 """
 
 from __future__ import annotations
@@ -31,16 +33,16 @@ from typing import Any
 
 import numpy as np
 from big_models import QWEN3, write_model
-from gguf import GGMLQuantizationType as Type
 from profile_speed import cpu_name
 from routings import WINDOW, compare, measure
 
 import reap
-from reap import _native
-from reap.engine import check_servers, devices
+from gguf import GGMLQuantizationType as Type
+from reap.engine import native
+from reap.engine.devices import check_servers, devices
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from gguf_builder import build_moe
+from helpers.gguf_builder import build_moe
 
 NORMS_AGREE, MOST_FLIPPED, MEDIAN_AGREES = 1e-5, 0.02, 0.01
 
@@ -58,9 +60,15 @@ def main() -> int:
     args = parser.parse_args()
     where = choose(args.device, args.rpc)
     if where is None:
-        print("there is no GPU here (`reap devices` lists what there is, and says why a backend is not used)", file=sys.stderr)
+        print(
+            "there is no GPU here (`reap devices` lists what there is, and says why a backend is not used)",
+            file=sys.stderr,
+        )
         return 1
-    print(f"{cpu_name()}, {platform.system()} {platform.release()}, llama.cpp {_native.load().__llama_cpp_commit__[:12]}; {where}")
+    print(
+        f"{cpu_name()}, {platform.system()} {platform.release()}, llama.cpp {native.load().__llama_cpp_commit__[:12]};"
+        f" {where}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         good = check(Path(folder), where, args.tokens, args.list)
         if not args.no_speed:
@@ -81,7 +89,7 @@ def choose(name: str | None, rpc: str | None) -> dict[str, list[str]] | None:
 
 def open_on(model: Path, where: dict[str, list[str]], **changes: Any) -> Any:
     """A session of the native module; `changes` are fields of its options."""
-    core = _native.load()
+    core = native.load()
     options = core.SessionOptions()
     options.model_path, options.model_bytes = str(model), model.stat().st_size
     for name, value in {**where, **changes}.items():
@@ -103,7 +111,9 @@ def check(folder: Path, where: dict[str, list[str]], n_tokens: int, n_listed: in
         here, there = open_on(model, {"devices": ["none"]}, **exact), open_on(model, where, **exact, head_on_host=True)
         read_back = open_on(model, where, **exact, head_on_host=True, reduce_on_device=False)
         tokens = tokens_for(here, n_tokens)
-        runs = [measure("", session, list(info.moe_layers), info.n_experts, tokens) for session in (here, there, read_back)]
+        runs = [
+            measure("", session, list(info.moe_layers), info.n_experts, tokens) for session in (here, there, read_back)
+        ]
         print(f"\n{name}, {n_tokens:,} tokens")
         apart = compare("  on the device, against the processor", runs[0], runs[1], n_listed)
         reduced = compare("  norms reduced there, against outputs read back", runs[2], runs[1], n_listed)
@@ -115,7 +125,9 @@ def check(folder: Path, where: dict[str, list[str]], n_tokens: int, n_listed: in
 
 def tokens_for(session: Any, n_tokens: int) -> np.ndarray[Any, Any]:
     if session.has_tokenizer:
-        return np.asarray(session.tokenize((files("reap") / "data" / "calibration.jsonl").read_bytes(), False, False))[:n_tokens]
+        return np.asarray(session.tokenize((files("reap") / "data" / "calibration.jsonl").read_bytes(), False, False))[
+            :n_tokens
+        ]
     return np.random.default_rng(5).integers(0, session.n_vocab, n_tokens)
 
 
@@ -148,7 +160,11 @@ def speed(folder: Path, where: dict[str, list[str]], kind: str, n_layers: int, r
         profiling.profile_batch(tokens, positions, zeros, zeros)
         profiling.commit(1)
 
-    works = {"all": lambda: plain.forward(tokens, True), "last": lambda: plain.forward(tokens, False), "profile": profile}
+    works = {
+        "all": lambda: plain.forward(tokens, True),
+        "last": lambda: plain.forward(tokens, False),
+        "profile": profile,
+    }
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
@@ -157,10 +173,16 @@ def speed(folder: Path, where: dict[str, list[str]], kind: str, n_layers: int, r
             if repeat:  # the first reads weights and allocates
                 times[name].append(time.perf_counter() - started)
     rates = ", ".join(f"{name} {n_tokens / statistics.median(values):,.0f}" for name, values in times.items())
-    ratios = [statistics.median(a / b for a, b in zip(times[name], times["profile"], strict=True)) for name in ("all", "last")]
+    ratios = [
+        statistics.median(a / b for a, b in zip(times[name], times["profile"], strict=True)) for name in ("all", "last")
+    ]
     print(f"\n{QWEN3.name} {kind}, {n_layers} layers, {n_tokens} tokens a pass, tokens/s: {rates}")
     print(f"  profile against all logits {ratios[0]:.3f}, against the last token's {ratios[1]:.3f}", end="")
-    print(f" (the bound with {n_layers} layers: about {(n_layers - 1) / n_layers:.2f}; {QWEN3.full_depth} in the real model)", flush=True)
+    print(
+        f" (the bound with {n_layers} layers: about {(n_layers - 1) / n_layers:.2f}; {QWEN3.full_depth} in the real"
+        " model)",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

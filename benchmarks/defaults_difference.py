@@ -1,9 +1,11 @@
-"""How far a profile with the default options is from the exact one: an F16 cache and flash attention against an F32 cache without it.
+"""How far a profile with the default options is from the exact one: an F16 cache and flash attention against an F32
+cache without it.
 
     python benchmarks/defaults_difference.py [--max-tokens 20000]
 
-Runs the two golden models of the tests and, where it is installed, the embedded model of `reap demo`, each twice, and prints how many
-routings went to another expert, the largest relative difference of REAP, and how many of the experts that a plan keeps are the same.
+Runs the two golden models of the tests and, where it is installed, the embedded model of `reap demo`, each twice, and
+prints how many routings went to another expert, the largest relative difference of REAP, and how many of the experts
+that a plan keeps are the same.
 """
 
 from __future__ import annotations
@@ -43,14 +45,25 @@ def compare(model: Path, calibration: Any, max_tokens: int) -> tuple[str, ...]:
     ratio = np.abs(default.score("reap")[both] / exact.score("reap")[both] - 1)
     overlap = reap.compare(default, exact, keep=0.5).overlap
     tokens = f"{default.calibration['tokens']:,}"
-    return (model.stem, tokens, f"{exact.counts.sum():,}", f"{moved:,}", f"{ratio.max():.1e}", f"{np.median(ratio):.1e}", f"{overlap:.1%}")
+    return (
+        model.stem,
+        tokens,
+        f"{exact.counts.sum():,}",
+        f"{moved:,}",
+        f"{ratio.max():.1e}",
+        f"{np.median(ratio):.1e}",
+        f"{overlap:.1%}",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-tokens", type=int, default=20_000, help="of the embedded model's calibration")
     args = parser.parse_args()
-    print(f"reap {reap.__version__}; moved: routings that went to another expert; kept the same: of the half that a plan keeps by REAP")
+    print(
+        f"reap {reap.__version__}; moved: routings that went to another expert; kept the same: of the half that a plan"
+        " keeps by REAP"
+    )
     print(" | ".join(COLUMNS))
     for model, calibration in sources():
         print(" | ".join(compare(model, calibration, args.max_tokens)), flush=True)

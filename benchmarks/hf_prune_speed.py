@@ -3,12 +3,13 @@
     python benchmarks/hf_prune_speed.py [--dir DIR] [--pairs 5] [--layers 8] [--quick]
 
 Needs about 25 GB of disk. Prints, from one run:
-- bytes written per second of prune() and of `cp -r --reflink=never` of a folder of the output's size on the same disk, in turn, with fsync
-  on both; once with the sources in memory and once not; medians and the ratio of each pair. Nothing is sparse there;
+- bytes written per second of prune() and of `cp -r --reflink=never` of a folder of the output's size on the same disk,
+  in turn, with fsync on both; once with the sources in memory and once not; medians and the ratio of each pair. Nothing
+  is sparse there;
 - the same against the safetensors package: every tensor loaded, renamed and saved, shard by shard;
 - peak resident memory and time of the pruning processes.
-The checkpoint has the tensors of a Qwen3-MoE with 128 experts in 16 bits, one for each expert and matrix, in shards of at most 5 GB; every
-other draw of a seeded generator decides who stays.
+The checkpoint has the tensors of a Qwen3-MoE with 128 experts in 16 bits, one for each expert and matrix, in shards of
+at most 5 GB; every other draw of a seeded generator decides who stays.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ import numpy as np
 from prune_speed import describe_machine, forget, remember, run_process, timed
 
 from reap import hf
-from reap.planner import PrunePlan
+from reap.scores.plan import PrunePlan
 
 N_EXPERTS, N_USED, N_EMBD, N_FF = 128, 8, 2048, 768
 LAYERS_PER_SHARD = 4
 
-PRUNE = "import sys; from reap import hf; hf.prune(sys.argv[1], sys.argv[2], sys.argv[3], force=True, verify=sys.argv[4])"
+PRUNE = (
+    "import sys; from reap import hf; hf.prune(sys.argv[1], sys.argv[2], sys.argv[3], force=True, verify=sys.argv[4])"
+)
 # the straightforward way: every tensor of a shard in memory, by the safetensors package
 STRAIGHTFORWARD = """
 import json, os, re, sys
@@ -87,7 +90,12 @@ def write_checkpoint(directory: Path, n_layers: int) -> Path:
                 file.write(rng.bytes(part := min(offset, 64 << 20)))
                 offset -= part
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {"model_type": "qwen3_moe", "num_hidden_layers": n_layers, "num_experts": N_EXPERTS, "num_experts_per_tok": N_USED}
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": n_layers,
+        "num_experts": N_EXPERTS,
+        "num_experts_per_tok": N_USED,
+    }
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
@@ -123,7 +131,8 @@ def compare_with_cp(source: Path, plan: Path, pairs: int) -> None:
     n_bytes = hf.prune(source, reference, plan).n_bytes_after
     n_source = sum(path.stat().st_size for path in source.iterdir())
     print(
-        f"input {n_source / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} shards, output {n_bytes / 1e9:.2f} GB, {pairs} pairs"
+        f"input {n_source / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} shards, output {n_bytes / 1e9:.2f}"
+        f" GB, {pairs} pairs"
     )
     gone = folder / "gone"  # `timed` removes a file before it starts; there is none
     for state, prepare in (("in memory", remember), ("not in memory", forget)):
@@ -133,7 +142,9 @@ def compare_with_cp(source: Path, plan: Path, pairs: int) -> None:
                 for old in (output, target):
                     shutil.rmtree(old, ignore_errors=True)
                 each(prepare, source if name == "prune" else reference)
-                work = (lambda: hf.prune(source, output, plan)) if name == "prune" else (lambda: copy(reference, target))
+                work = (
+                    (lambda: hf.prune(source, output, plan)) if name == "prune" else (lambda: copy(reference, target))
+                )
                 times[name].append(timed(work, gone))
         ratios = [cp / prune for prune, cp in zip(times["prune"], times["cp"], strict=True)]
         spread = ", ".join(f"{ratio:.2f}" for ratio in ratios)

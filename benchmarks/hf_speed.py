@@ -1,16 +1,20 @@
-"""One small model profiled in several ways, in turn, in one run: tokens/s, and how many times as long as reap.hf.profile.
+"""One small model profiled in several ways, in turn, in one run: tokens/s, and how many times as long as
+reap.hf.profile.
 
     python benchmarks/hf_speed.py [--repeats 5] [--threads 2] [--llm-compressor OTHER/bin/python]
 
 A random Qwen3-MoE (6 layers, 64 experts, top-8, width 512, F32), 2 samples of 512 tokens:
 
-- reap.hf      reap.hf.profile on the model in memory, with each implementation of the experts that transformers has for this device
+- reap.hf      reap.hf.profile on the model in memory, with each implementation of the experts that transformers has for
+  this device
 - forward      the same forward pass without anything that measures: the bound
 - all experts  hooks that run every expert on every token, as tools that replace the MoE block do
 - reap, GGUF   the same model converted to GGUF (F32), profiled by the engine
-- llm-compressor    its REAP modifier (oneshot, calibration and pruning of half), in a process with another transformers; the
-                    time between the modifier's start and its end, which it prunes in: see benchmarks/llm_compressor_agreement.py for the
-                    environment. Alternating with the others; its own start-up is not counted.
+- llm-compressor    its REAP modifier (oneshot, calibration and pruning of half), in a process with another
+  transformers; the
+                    time between the modifier's start and its end, which it prunes in: see
+                    benchmarks/llm_compressor_agreement.py for the environment. Alternating with the others; its own
+                    start-up is not counted.
 
 Needs the extra `hf`.
 """
@@ -35,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import torch_hooks
 
 import reap
+from helpers.torch_models import make_tokenizer
 from reap import hf
-from torch_models import make_tokenizer
 
 N_SAMPLES, N_TOKENS = 2, 512
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies an expert for every routing: no choice on a processor
@@ -59,7 +63,8 @@ class Timed(REAPPruningModifier):
 for line in sys.stdin:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
     oneshot(model=model, dataset=Dataset.from_list(rows), recipe=[Timed(sparsity=0.5)], max_seq_length=512,
-            num_calibration_samples=len(rows), tokenizer=AutoTokenizer.from_pretrained(sys.argv[1]), moe_calibrate_all_experts=False)
+            num_calibration_samples=len(rows), tokenizer=AutoTokenizer.from_pretrained(sys.argv[1]),
+            moe_calibrate_all_experts=False)
     print("SECONDS", Timed.seconds, flush=True)
 """
 
@@ -84,7 +89,9 @@ def main() -> None:
             command = [args.llm_compressor, "-c", OTHER, f"{folder}/hf", f"{folder}/samples.json", str(args.threads)]
             environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
             with open(f"{folder}/log", "w") as log:
-                other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+                other = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+                )
             ways["llm-compressor"] = lambda: ask(other)
         measure(ways, args.repeats, args.threads)
         if other is not None:
@@ -103,7 +110,9 @@ def ask(child: subprocess.Popen[str]) -> float:
     raise SystemExit("llm-compressor ended without a result")
 
 
-def make_ways(model: torch.nn.Module, gguf: Path, draw: np.ndarray, threads: int) -> dict[str, Callable[[], float | None]]:
+def make_ways(
+    model: torch.nn.Module, gguf: Path, draw: np.ndarray, threads: int
+) -> dict[str, Callable[[], float | None]]:
     lines = [{"tokens": row.tolist()} for row in draw]
     batch = torch.from_numpy(draw).long()
     profiles: dict[str, reap.Profile] = {}
@@ -149,12 +158,16 @@ def measure(ways: dict[str, Callable[[], float | None]], repeats: int, threads: 
             if repeat:
                 times[name].append(said if isinstance(said, float) else time.perf_counter() - started)
     base = times["reap.hf, grouped_mm"]
-    print(f"{N_SAMPLES} x {N_TOKENS} tokens, 6 layers, 64 experts, top-8, width 512, F32, {threads} threads, {repeats} runs in turn")
+    print(
+        f"{N_SAMPLES} x {N_TOKENS} tokens, 6 layers, 64 experts, top-8, width 512, F32, {threads} threads, {repeats}"
+        " runs in turn"
+    )
     for name, values in times.items():
         ratios = sorted(value / own for value, own in zip(values, base, strict=True))
         print(
-            f"  {name:20} {N_SAMPLES * N_TOKENS / statistics.median(values):8.0f} tokens/s   {statistics.median(ratios):6.2f} times"
-            f" the time of reap.hf, grouped_mm ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"  {name:20} {N_SAMPLES * N_TOKENS / statistics.median(values):8.0f} tokens/s  "
+            f" {statistics.median(ratios):6.2f} times the time of reap.hf, grouped_mm ({ratios[0]:.2f} to"
+            f" {ratios[-1]:.2f})"
         )
 
 

@@ -1,13 +1,17 @@
-"""The experts that llm-compressor's REAP modifier keeps, beside those that reap keeps, on the same tiny models and tokens.
+"""The experts that llm-compressor's REAP modifier keeps, beside those that reap keeps, on the same tiny models and
+tokens.
 
     python benchmarks/llm_compressor_agreement.py --python OTHER/bin/python [--families mixtral,olmoe]
 
-Runs in reap's environment (with the extra `hf`) and starts OTHER/bin/python for llm-compressor, which wants another transformers:
+Runs in reap's environment (with the extra `hf`) and starts OTHER/bin/python for llm-compressor, which wants another
+transformers:
 
-    python -m venv OTHER && OTHER/bin/pip install torch==2.13.0 && OTHER/bin/pip install llmcompressor==0.14.0.1 'transformers>=5.15,<5.18'
+    python -m venv OTHER && OTHER/bin/pip install torch==2.13.0 && OTHER/bin/pip install llmcompressor==0.14.0.1
+    'transformers>=5.15,<5.18'
 
-For each family: of the experts kept, how many both keep. llm-compressor prunes a layer before it looks at the next, so later layers
-see what a pruned model sends them; "layer by layer" is reap's tracker and surgery used in that way, and `reap.plan` is reap's own.
+For each family: of the experts kept, how many both keep. llm-compressor prunes a layer before it looks at the next, so
+later layers see what a pruned model sends them; "layer by layer" is reap's tracker and surgery used in that way, and
+`reap.plan` is reap's own.
 """
 
 from __future__ import annotations
@@ -25,11 +29,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import checkpoint_models
 import reap
-import torch_models
+from helpers import checkpoint_models, torch_models
 from reap import hf
-from reap.hf.observing import Observer
+from reap.hf.memory.expert_hooks import Observer
 
 OTHER = """
 import json, sys
@@ -52,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="the interpreter of the environment with llm-compressor")
     parser.add_argument("--families", default=",".join(checkpoint_models.FAMILIES))
-    parser.add_argument("--all-experts", action="store_true", help="let it run every expert on every token (moe_calibrate_all_experts)")
+    parser.add_argument(
+        "--all-experts", action="store_true", help="let it run every expert on every token (moe_calibrate_all_experts)"
+    )
     args = parser.parse_args()
     for name in args.families.split(","):
         with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +70,15 @@ def compare(name: str, folder: Path, python: str, every: bool) -> str:
     samples = [tokens for seed in (7, 8, 9) for tokens in torch_models.samples(seed)]
     (folder / "samples.json").write_text(json.dumps(samples))
     plan = reap.plan(hf.profile(model, [{"tokens": tokens} for tokens in samples], ctx_size=256), keep=0.5)
-    command = [python, "-c", OTHER, str(folder / "hf"), str(folder / "samples.json"), str(folder / "report.json"), str(int(every))]
+    command = [
+        python,
+        "-c",
+        OTHER,
+        str(folder / "hf"),
+        str(folder / "samples.json"),
+        str(folder / "report.json"),
+        str(int(every)),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if not (folder / "report.json").is_file():
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
@@ -84,9 +97,13 @@ def layer_by_layer(model: torch.nn.Module, samples: list[list[int]]) -> dict[int
     for name, layer in hf.find_moe_layers(model).items():
         tracker = hf.SaliencyTracker(layer.n_experts)
 
-        def receive(_row: int, _tokens: Any, ids: Any, gates: Any, norms: Any, tracker: hf.SaliencyTracker = tracker) -> None:
+        def receive(
+            _row: int, _tokens: Any, ids: Any, gates: Any, norms: Any, tracker: hf.SaliencyTracker = tracker
+        ) -> None:
             by_slot = ids.T.reshape(-1)
-            tracker.update(ids, gates, {expert: norms.T.reshape(-1)[by_slot == expert] for expert in range(tracker.num_experts)})
+            tracker.update(
+                ids, gates, {expert: norms.T.reshape(-1)[by_slot == expert] for expert in range(tracker.num_experts)}
+            )
 
         with torch.inference_mode(), Observer([layer], receive).watching():
             for tokens in samples:

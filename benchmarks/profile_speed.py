@@ -1,14 +1,18 @@
-"""Profile speed against plain forward passes of the same engine, on models with the dimensions of real ones and few layers.
+"""Profile speed against plain forward passes of the same engine, on models with the dimensions of real ones and few
+layers.
 
-    python benchmarks/profile_speed.py [--models qwen3 nemotron] [--types Q8_0 Q4_K] [--threads 2 1] [--repeats 5] [--no-repack]
+    python benchmarks/profile_speed.py [--models qwen3 nemotron] [--types Q8_0 Q4_K] [--threads 2 1] [--repeats 5]
+    [--no-repack]
 
-One run, one session for each model and thread count, the passes in turn: `all` yields every token's logits, `last` the last token's
-(what llama-bench times), `profile` stops after the last MoE layer. Ratios are of medians of paired passes; above 1 the profile is faster.
-`all` computes all layers and the head; `last` skips the head and nearly all of the last feed-forward block, which a profile needs: with
-L layers the bound of the ratio to `last` is about (L - 1) / L, so both ratios are also given for the real model's depth, from the
-measured time of a layer, of the head, and of what `last` skips.
+One run, one session for each model and thread count, the passes in turn: `all` yields every token's logits, `last` the
+last token's (what llama-bench times), `profile` stops after the last MoE layer. Ratios are of medians of paired passes;
+above 1 the profile is faster. `all` computes all layers and the head; `last` skips the head and nearly all of the last
+feed-forward block, which a profile needs: with L layers the bound of the ratio to `last` is about (L - 1) / L, so both
+ratios are also given for the real model's depth, from the measured time of a layer, of the head, and of what `last`
+skips.
 
-Memory is the peak resident size of a process that only profiles, beside one that only runs `all`, with the same context.
+Memory is the peak resident size of a process that only profiles, beside one that only runs `all`, with the same
+context.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import numpy as np
 from big_models import NEMOTRON, QWEN3, Dimensions, write_model
 from gguf import GGMLQuantizationType as Type
 
-from reap import _native
+from reap.engine import native
 
 MODELS = {"qwen3": QWEN3, "nemotron": NEMOTRON}
 N_TOKENS = 512
@@ -36,13 +40,17 @@ N_SHORT = 16
 
 def main() -> None:
     args = parse_arguments()
-    engine = _native.load().__llama_cpp_commit__[:9]
+    engine = native.load().__llama_cpp_commit__[:9]
     print(f"{cpu_name()}, {platform.system()} {platform.release()}, engine {engine}, {N_TOKENS} tokens a pass")
     for model in args.models:
         for kind in args.types:
             with tempfile.TemporaryDirectory(dir=args.dir) as folder:
                 path = write_model(Path(folder) / "m.gguf", MODELS[model], Type[kind])
-                print(f"\n{MODELS[model].name} {kind}, layers {MODELS[model].pattern}, {path.stat().st_size / 1e9:.2f} GB", flush=True)
+                print(
+                    f"\n{MODELS[model].name} {kind}, layers {MODELS[model].pattern},"
+                    f" {path.stat().st_size / 1e9:.2f} GB",
+                    flush=True,
+                )
                 for threads in args.threads:
                     compare(path, MODELS[model], threads, args.repeats, not args.no_repack)
                 compare_memory(path, MODELS[model])
@@ -54,7 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q4_K"])
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-repack", action="store_true", help="the CPU backend's plain kernels, as on a processor without AMX")
+    parser.add_argument(
+        "--no-repack", action="store_true", help="the CPU backend's plain kernels, as on a processor without AMX"
+    )
     parser.add_argument("--dir", help="where the models are written (default: the temporary folder)")
     return parser.parse_args()
 
@@ -63,7 +73,7 @@ class Passes:
     """The passes over one session."""
 
     def __init__(self, path: Path, d: Dimensions, threads: int, repack: bool = True) -> None:
-        core = _native.load()
+        core = native.load()
         options = core.SessionOptions()
         options.model_path, options.ctx_size, options.ubatch_size = str(path), N_TOKENS, N_TOKENS
         options.threads, options.n_sequences, options.repack = threads, N_SHORT, repack
@@ -105,7 +115,13 @@ def seconds(work: Callable[[], None]) -> float:
 
 def compare(path: Path, d: Dimensions, threads: int, repeats: int, repack: bool) -> None:
     passes = Passes(path, d, threads, repack)
-    works = [passes.all, passes.last, passes.profile, passes.short_alone, *([passes.short_together] if passes.shared else [])]
+    works = [
+        passes.all,
+        passes.last,
+        passes.profile,
+        passes.short_alone,
+        *([passes.short_together] if passes.shared else []),
+    ]
     for work in works[:3]:
         work()  # weights are read, buffers allocated
     times: dict[str, list[float]] = {work.__name__: [] for work in works}
@@ -132,13 +148,25 @@ def report(d: Dimensions, threads: int, times: dict[str, list[float]], share: fl
     full = d.full_depth * layer
     rates = ", ".join(f"{name} {N_TOKENS / value:.0f}" for name, value in median.items())
     print(f"  {threads} thread{'s' if threads > 1 else ''}: tokens/s: {rates}")
-    print(f"    profile against all logits {ratio('all', 'profile'):.3f}, against the last token's {ratio('last', 'profile'):.3f}", end="")
-    print(f" (bound with {n_layers} layers of experts: about {(n_layers - 1) / n_layers:.2f}); callback {share:.2%} of the time")
-    print(f"    a layer {layer * 1e3:.0f} ms, head {head * 1e3:.0f} ms, skipped by `last` {skipped * 1e3:.0f} ms", end="")
+    print(
+        f"    profile against all logits {ratio('all', 'profile'):.3f}, against the last token's"
+        f" {ratio('last', 'profile'):.3f}",
+        end="",
+    )
+    print(
+        f" (bound with {n_layers} layers of experts: about {(n_layers - 1) / n_layers:.2f}); callback {share:.2%} of"
+        " the time"
+    )
+    print(
+        f"    a layer {layer * 1e3:.0f} ms, head {head * 1e3:.0f} ms, skipped by `last` {skipped * 1e3:.0f} ms", end=""
+    )
     print(f" -> with {d.full_depth} layers: all {(full + head) / full:.3f}, last {(full - skipped) / full:.3f}")
     if "short_together" in median:
         gain = ratio("short_alone", "short_together")
-        print(f"    {N_SHORT} samples of {N_TOKENS // N_SHORT} tokens in one batch: {gain:.2f} times as fast as one by one")
+        print(
+            f"    {N_SHORT} samples of {N_TOKENS // N_SHORT} tokens in one batch: {gain:.2f} times as fast as one"
+            " by one"
+        )
     sys.stdout.flush()
 
 

@@ -3,15 +3,18 @@
     python benchmarks/prune_speed.py [--dir DIR] [--pairs 7] [--layers 8] [--quick]
 
 Needs about 8 GB of disk. Prints, from one run:
-- bytes written per second of prune() and of `cp --reflink=never` of a file of the output's size on the same disk, in turn, with fsync on
-  both; once with the sources in memory and once not; medians and the ratio of each pair. Nothing is sparse there. Where the source is
-  not in memory the disk has to read ranges that lie apart, which `cp` of a whole file does not: so there is also the rate of a plain
-  loop of reads and writes over the same ranges, and what the disk alone reads either way;
+- bytes written per second of prune() and of `cp --reflink=never` of a file of the output's size on the same disk, in
+  turn, with fsync on both; once with the sources in memory and once not; medians and the ratio of each pair. Nothing is
+  sparse there. Where the source is not in memory the disk has to read ranges that lie apart, which `cp` of a whole file
+  does not: so there is also the rate of a plain loop of reads and writes over the same ranges, and what the disk alone
+  reads either way;
 - the same against the `gguf` package's reader and writer with numpy.take;
 - whether the kernel shared blocks between source and output (FIEMAP);
-- peak resident memory of a pruning process for inputs of 1, 4 and 16 GB (sparse files, whose outputs are written in full);
+- peak resident memory of a pruning process for inputs of 1, 4 and 16 GB (sparse files, whose outputs are written in
+  full);
 - wall time and memory of `reap inspect` for a vocabulary of 150,000 tokens, and for a sparse model of 200 GB.
-The models have the tensors of a Qwen3-MoE with 128 experts, in Q4_K; every other draw of a seeded generator decides who stays.
+The models have the tensors of a Qwen3-MoE with 128 experts, in Q4_K; every other draw of a seeded generator decides who
+stays.
 """
 
 from __future__ import annotations
@@ -31,11 +34,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 import reap
-from reap.inspector import inspect
-from reap.planner import PrunePlan
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from reap.gguf.model_info import inspect
+from reap.scores.plan import PrunePlan
 
 N_EXPERTS, N_USED, N_EMBD, N_FF = 128, 8, 2048, 768
 Q4_K_BLOCK, Q4_K_BYTES = 256, 144
@@ -48,7 +51,7 @@ STRAIGHTFORWARD = """
 import os, sys
 import numpy as np
 from gguf import GGUFReader, GGUFWriter, GGUFValueType
-from reap.planner import PrunePlan
+from reap.scores.plan import PrunePlan
 source, output, plan = sys.argv[1], sys.argv[2], PrunePlan.load(sys.argv[3])
 reader = GGUFReader(source)
 architecture = reader.fields["general.architecture"].contents()
@@ -70,7 +73,8 @@ writer.close()
 fd = os.open(output, os.O_RDONLY)
 os.fsync(fd)
 """
-# starts a process and says how long it took and how much memory; it is small itself, since a child's peak begins with its parent's
+# starts a process and says how long it took and how much memory; it is small itself, since a child's peak begins with
+# its parent's
 LAUNCH = """
 import os, sys, time
 started = time.perf_counter()
@@ -99,7 +103,9 @@ def write_model(path: Path, n_layers: int, *, sparse: bool, n_vocab: int = 0) ->
         writer.add_token_merges([f"to ken{index}" for index in range(n_vocab)])
     sizes = []
     for layer in range(n_layers):
-        sizes.append(add_tensor(writer, f"blk.{layer}.ffn_gate_inp.weight", (N_EXPERTS, N_EMBD), GGMLQuantizationType.F32))
+        sizes.append(
+            add_tensor(writer, f"blk.{layer}.ffn_gate_inp.weight", (N_EXPERTS, N_EMBD), GGMLQuantizationType.F32)
+        )
         for name, rows, columns in (("gate", N_FF, N_EMBD), ("up", N_FF, N_EMBD), ("down", N_EMBD, N_FF)):
             shape = (N_EXPERTS, rows, columns)
             sizes.append(add_tensor(writer, f"blk.{layer}.ffn_{name}_exps.weight", shape, GGMLQuantizationType.Q4_K))
@@ -181,7 +187,9 @@ def timed(work: Callable[[], object], target: Path) -> float:
 
 def run_process(*command: str | Path) -> tuple[float, float, str]:
     """(seconds, peak resident MB, stdout) of a process."""
-    done = subprocess.run([sys.executable, "-S", "-E", "-c", LAUNCH, *map(str, command)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", "-c", LAUNCH, *map(str, command)], capture_output=True, text=True, check=True
+    )
     text, _, figures = done.stdout.rpartition("\n\0")
     seconds, peak = map(float, figures.split())
     return seconds, peak, text
@@ -217,9 +225,13 @@ def describe_machine(folder: Path) -> None:
     kind = found.stdout.strip() or "unknown"
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     print(
-        f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.system()} {platform.release()}, {kind} on a virtual disk"
+        f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.system()} {platform.release()}, {kind}"
+        " on a virtual disk"
     )
-    print(f"Python {platform.python_version()}, reap {reap.__version__}, load average {os.getloadavg()[0]:.1f}\n", flush=True)
+    print(
+        f"Python {platform.python_version()}, reap {reap.__version__}, load average {os.getloadavg()[0]:.1f}\n",
+        flush=True,
+    )
 
 
 def kept_ranges(model: Path, plan: Path) -> list[tuple[int, int]]:
@@ -259,7 +271,11 @@ def compare_scattered(model: Path, plan: Path, reference: Path, pairs: int) -> N
         seconds = {}
         for name in ("prune", "loop") if pair % 2 else ("loop", "prune"):
             forget(model)
-            work = (lambda: reap.prune(model, output, plan)) if name == "prune" else (lambda: plain_loop(model, ranges, output))
+            work = (
+                (lambda: reap.prune(model, output, plan))
+                if name == "prune"
+                else (lambda: plain_loop(model, ranges, output))
+            )
             seconds[name] = timed(work, output)
         ratios.append(seconds["loop"] / seconds["prune"])
     print(f"  against a plain loop over the same ranges, not in memory: ratio {statistics.median(ratios):.2f}", end="")
@@ -268,7 +284,10 @@ def compare_scattered(model: Path, plan: Path, reference: Path, pairs: int) -> N
     whole = timed(lambda: plain_loop(reference, [(0, reference.stat().st_size)], None), output)
     forget(model)
     apart = timed(lambda: plain_loop(model, ranges, None), output)
-    print(f"  the disk alone: a whole file {n_bytes / whole / 1e6:.0f} MB/s, the ranges {n_bytes / apart / 1e6:.0f} MB/s", flush=True)
+    print(
+        f"  the disk alone: a whole file {n_bytes / whole / 1e6:.0f} MB/s, the ranges {n_bytes / apart / 1e6:.0f} MB/s",
+        flush=True,
+    )
 
 
 def compare_with_cp(model: Path, plan: Path, pairs: int) -> Path:
@@ -277,7 +296,10 @@ def compare_with_cp(model: Path, plan: Path, pairs: int) -> Path:
     reference = model.with_name("reference.gguf")  # what cp copies: a file of the output's size
     n_bytes = reap.prune(model, reference, plan, force=True).n_bytes_after
     assert os.stat(reference).st_blocks * 512 >= n_bytes, "the output is sparse"
-    print(f"input {model.stat().st_size / 1e9:.2f} GB, output {n_bytes / 1e9:.2f} GB, {pairs} pairs in turn, fsync on both")
+    print(
+        f"input {model.stat().st_size / 1e9:.2f} GB, output {n_bytes / 1e9:.2f} GB, {pairs} pairs in turn, fsync on"
+        " both"
+    )
     for state, prepare in (("in memory", remember), ("not in memory", forget)):
         times: dict[str, list[float]] = {"prune": [], "cp": []}
         for pair in range(pairs):
@@ -323,7 +345,9 @@ def compare_with_numpy(model: Path, plan: Path, output: Path, repeats: int) -> N
     for name, label in (("reap", "reap.prune"), ("numpy", "gguf package and numpy.take")):
         seconds = statistics.median(times[name])
         print(
-            f"  {label:28} {n_bytes / seconds / 1e6:6.0f} MB/s, {seconds:6.2f} s, peak {peaks[name]:6.0f} MB (whole processes)", flush=True
+            f"  {label:28} {n_bytes / seconds / 1e6:6.0f} MB/s, {seconds:6.2f} s, peak {peaks[name]:6.0f} MB (whole"
+            " processes)",
+            flush=True,
         )
     target.unlink()
 
@@ -334,9 +358,14 @@ def memory(folder: Path, gigabytes: list[int]) -> None:
     layer = 3 * N_EXPERTS * N_EMBD * N_FF // Q4_K_BLOCK * Q4_K_BYTES + 4 * N_EXPERTS * N_EMBD
     for size in gigabytes:
         model = write_model(folder / "sparse.gguf", max(1, round(size * 1e9 / layer)), sparse=True)
-        seconds, peak, _ = run_process(sys.executable, "-c", PRUNE, model, folder / "small.gguf", write_plan(model, N_EXPERTS // 4))
+        seconds, peak, _ = run_process(
+            sys.executable, "-c", PRUNE, model, folder / "small.gguf", write_plan(model, N_EXPERTS // 4)
+        )
         written = (folder / "small.gguf").stat().st_size
-        print(f"  {model.stat().st_size / 1e9:6.1f} GB -> {written / 1e9:5.2f} GB: peak {peak:5.0f} MB, {seconds:5.1f} s", flush=True)
+        print(
+            f"  {model.stat().st_size / 1e9:6.1f} GB -> {written / 1e9:5.2f} GB: peak {peak:5.0f} MB, {seconds:5.1f} s",
+            flush=True,
+        )
         (folder / "small.gguf").unlink()
         model.unlink()
 
@@ -345,15 +374,18 @@ def inspection(folder: Path, repeats: int) -> None:
     """Of `reap inspect` as a user runs it, and of the call."""
     print("\nreap inspect, median of the whole process, and of the call reap.inspect() in a process of its own")
     cases: list[tuple[str, int, int]] = [("151,936 tokens and as many merges", 2, 151_936), ("200 GB, sparse", 590, 0)]
-    call = "import sys, time; import reap; t = time.perf_counter(); reap.inspect(sys.argv[1]); print(time.perf_counter() - t)"
+    call = (
+        "import sys, time; import reap; t = time.perf_counter(); reap.inspect(sys.argv[1]); print(time.perf_counter()"
+        " - t)"
+    )
     for label, n_layers, n_vocab in cases:
         model = write_model(folder / "inspected.gguf", n_layers, sparse=True, n_vocab=n_vocab)
         program = [run_process(sys.executable, "-m", "reap", "inspect", model) for _ in range(repeats)]
         library = [run_process(sys.executable, "-c", call, model) for _ in range(repeats)]
         print(
-            f"  {label} ({model.stat().st_size / 1e9:.1f} GB): command {statistics.median(run[0] for run in program):.2f} s,"
-            f" {max(run[1] for run in program):.0f} MB; call {statistics.median(float(run[2]) for run in library):.3f} s,"
-            f" {max(run[1] for run in library):.0f} MB",
+            f"  {label} ({model.stat().st_size / 1e9:.1f} GB): command"
+            f" {statistics.median(run[0] for run in program):.2f} s, {max(run[1] for run in program):.0f} MB; call"
+            f" {statistics.median(float(run[2]) for run in library):.3f} s, {max(run[1] for run in library):.0f} MB",
             flush=True,
         )
         model.unlink()
@@ -374,7 +406,10 @@ def main() -> None:
         plan = write_plan(model, N_EXPERTS // 2)
         output = compare_with_cp(model, plan, options.pairs)
         shared = shared_bytes(output)
-        print("  blocks shared with the source:", "the file system does not say" if shared is None else f"{shared:,} bytes")
+        print(
+            "  blocks shared with the source:",
+            "the file system does not say" if shared is None else f"{shared:,} bytes",
+        )
         print("\nthe straightforward way, source in memory, fsync on both")
         compare_with_numpy(model, plan, output, 1 if options.quick else 3)
         for path in (model, output):

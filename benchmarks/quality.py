@@ -1,16 +1,19 @@
-"""Which criterion keeps the right experts: REAP against the others, against chance, and against two mistakes of published profilers.
+"""Which criterion keeps the right experts: REAP against the others, against chance, and against two mistakes of
+published profilers.
 
-    python benchmarks/quality.py --refine 10m --refine-passes 60 --output benchmarks/results/quality.txt --figure docs/images/quality.svg
-    python benchmarks/quality.py --model model.gguf --calibration calib.jsonl --heldout code.txt prose.txt
+    python benchmarks/quality.py --refine 10m --refine-passes 60 --output benchmarks/results/quality.txt --figure
+    docs/images/quality.svg python benchmarks/quality.py --model model.gguf --calibration calib.jsonl --heldout code.txt
+    prose.txt
 
-Without --model: the embedded model of `reap demo`, its calibration and its three held-out texts. Profiles once; calibrates on each domain
-of the calibration and on all of it; keeps 75, 50 and 25 % of the experts by each criterion and by five random choices; judges each choice,
-virtually, on each held-out text (each file a domain). Beside them what REAP would keep if it were computed with two mistakes
-(benchmarks/trap_scores.py; needs reap-dump-nodes, or --no-traps) and, with --refine, the choice that `reap plan --refine` finds on the
-whole calibration.
+Without --model: the embedded model of `reap demo`, its calibration and its three held-out texts. Profiles once;
+calibrates on each domain of the calibration and on all of it; keeps 75, 50 and 25 % of the experts by each criterion
+and by five random choices; judges each choice, virtually, on each held-out text (each file a domain). Beside them what
+REAP would keep if it were computed with two mistakes (benchmarks/trap_scores.py; needs reap-dump-nodes, or --no-traps)
+and, with --refine, the choice that `reap plan --refine` finds on the whole calibration.
 
-A rise is that of the perplexity against the model with all experts, on the same tokens; ± is its standard error, of random the standard
-deviation over its seeds. The mean is that of ln(ratio) over the domains, so that none counts more for having more tokens.
+A rise is that of the perplexity against the model with all experts, on the same tokens; ± is its standard error, of
+random the standard deviation over its seeds. The mean is that of ln(ratio) over the domains, so that none counts more
+for having more tokens.
 """
 
 from __future__ import annotations
@@ -31,11 +34,11 @@ import numpy as np
 from trap_scores import trap_scores
 
 import reap
-from reap.engine import EngineOptions
-from reap.evaluator import Judge
-from reap.pairing import paired_difference
-from reap.ranking import select_experts
-from reap.refiner import refine
+from reap.engine.options import EngineOptions
+from reap.evaluation.paired_difference import paired_difference
+from reap.evaluation.plan_evaluator import PlanEvaluator
+from reap.evaluation.refine import refine
+from reap.scores.ranking import select_experts
 
 CRITERIA = ("reap", "reap_l2", "weighted_ean_sum", "ean_sum", "ean_mean", "frequency", "gate_sum")
 TRAPS = {"strided": "reap, strided read as packed", "first": "reap, gate before normalisation"}
@@ -48,7 +51,8 @@ SHAPES = "os^vDP*X"
 
 @dataclass(frozen=True)
 class Result:
-    """One choice of experts, judged: loss less that of the model as it is, by domain, in nats, and its standard error."""
+    """One choice of experts, judged: loss less that of the model as it is, by domain, in nats, and its standard
+    error."""
 
     keep: float
     calibrated: str
@@ -79,7 +83,7 @@ class Jury:
     """The model, the held-out text, and the losses with all experts."""
 
     def __init__(self, case: Case) -> None:
-        self.judge = Judge(case.model, case.heldout, EngineOptions(ctx_size=CTX_SIZE, threads=case.threads))
+        self.judge = PlanEvaluator(case.model, case.heldout, EngineOptions(ctx_size=CTX_SIZE, threads=case.threads))
         self.domains = self.judge.text.domains or (case.heldout[0].stem,)
         self.whole = self._losses(None)
 
@@ -108,8 +112,15 @@ class Jury:
 
 def results(case: Case, profile: Any, jury: Jury, args: argparse.Namespace) -> Iterator[Result]:
     """Every choice, judged."""
-    parts = {ALL: profile, **({name: profile.domain(name) for name in profile.domains} if len(profile.domains) > 1 else {})}
-    traps = {} if args.no_traps else trap_scores(case.model, case.calibration, ctx_size=CTX_SIZE, max_tokens=args.trap_tokens)
+    parts = {
+        ALL: profile,
+        **({name: profile.domain(name) for name in profile.domains} if len(profile.domains) > 1 else {}),
+    }
+    traps = (
+        {}
+        if args.no_traps
+        else trap_scores(case.model, case.calibration, ctx_size=CTX_SIZE, max_tokens=args.trap_tokens)
+    )
     for keep in args.keep:
         for seed in range(args.seeds):  # chance knows no calibration
             yield jury.result(keep, ALL, RANDOM, reap.plan(profile, keep=keep, metric=RANDOM, seed=seed), seed)
@@ -131,7 +142,8 @@ def results(case: Case, profile: Any, jury: Jury, args: argparse.Namespace) -> I
             )
             done = made.options["refined"]
             print(
-                f"# refined at {keep:.0%}: from {done['start']}, {done['experts_exchanged']} experts exchanged in {done['passes']} passes",
+                f"# refined at {keep:.0%}: from {done['start']}, {done['experts_exchanged']} experts exchanged in"
+                f" {done['passes']} passes",
                 flush=True,
             )
             yield jury.result(keep, ALL, REFINED, made)
@@ -142,7 +154,8 @@ def mistaken_plan(profile: Any, keep: float, totals: Any) -> Any:
     plan = reap.plan(profile, keep=keep)
     score, counts = totals.score(), totals.counts.astype(np.int64)
     layers = {
-        layer: select_experts(score[row], counts[row], plan.keep, profile.n_groups) for row, layer in enumerate(profile.layers.tolist())
+        layer: select_experts(score[row], counts[row], plan.keep, profile.n_groups)
+        for row, layer in enumerate(profile.layers.tolist())
     }
     return replace(plan, layers=layers)
 
@@ -156,7 +169,9 @@ def percent(nats: float) -> str:
 
 def table(found: Sequence[Result], keep: float, calibrated: str, domains: Sequence[str]) -> Iterator[str]:
     """The criteria at one size, the best on the mean first."""
-    chosen = [result for result in found if result.keep == keep and result.calibrated == calibrated and result.name != RANDOM]
+    chosen = [
+        result for result in found if result.keep == keep and result.calibrated == calibrated and result.name != RANDOM
+    ]
     chance = [result for result in found if result.keep == keep and result.name == RANDOM]
     yield f"\nkeep {keep:.0%}, calibrated on {calibrated}: rise of the perplexity on"
     yield f"{'by':34}" + "".join(f"{domain:>18}" for domain in (*domains, "mean"))
@@ -167,14 +182,18 @@ def table(found: Sequence[Result], keep: float, calibrated: str, domains: Sequen
 
 def line(result: Result, domains: Sequence[str]) -> str:
     cells = "".join(
-        f"{f'{percent(result.rise[domain])} ± {math.exp(result.rise[domain]) * result.error[domain]:.1%}':>18}" for domain in domains
+        f"{f'{percent(result.rise[domain])} ± {math.exp(result.rise[domain]) * result.error[domain]:.1%}':>18}"
+        for domain in domains
     )
     return f"{result.name:34}{cells}{percent(result.mean):>18}"
 
 
 def random_line(chance: Sequence[Result], domains: Sequence[str]) -> str:
     columns = [[result.rise[domain] for result in chance] for domain in domains] + [[result.mean for result in chance]]
-    cells = "".join(f"{f'{percent(np.mean(values))} ± {math.exp(np.mean(values)) * np.std(values, ddof=1):.1%}':>18}" for values in columns)
+    cells = "".join(
+        f"{f'{percent(np.mean(values))} ± {math.exp(np.mean(values)) * np.std(values, ddof=1):.1%}':>18}"
+        for values in columns
+    )
     return f"{f'{RANDOM}, {len(chance)} seeds':34}{cells}"
 
 
@@ -183,10 +202,14 @@ def against_chance(found: Sequence[Result], keep: float) -> str:
     ours = next(result.mean for result in found if (result.keep, result.calibrated, result.name) == (keep, ALL, "reap"))
     chance = np.array([result.mean for result in found if result.keep == keep and result.name == RANDOM])
     spread = float(chance.std(ddof=1))
-    verdict = "better than random beyond the spread" if chance.mean() - ours > spread else "NOT better than random beyond the spread"
+    verdict = (
+        "better than random beyond the spread"
+        if chance.mean() - ours > spread
+        else "NOT better than random beyond the spread"
+    )
     return (
-        f"keep {keep:.0%}: reap {percent(ours)}, random {percent(chance.mean())}, spread of its seeds {spread:.3f} nats, "
-        f"best seed {percent(chance.min())}: reap is {verdict} ({(chance.mean() - ours) / spread:.1f} times)"
+        f"keep {keep:.0%}: reap {percent(ours)}, random {percent(chance.mean())}, spread of its seeds {spread:.3f}"
+        f" nats, best seed {percent(chance.min())}: reap is {verdict} ({(chance.mean() - ours) / spread:.1f} times)"
     )
 
 
@@ -198,7 +221,9 @@ def where_reap_is_not_first(found: Sequence[Result], keeps: Sequence[float], dom
     lines = []
     for keep, calibrated, domain in cases:
         here = {
-            result.name: result for result in found if result.keep == keep and result.calibrated == calibrated and result.name in CRITERIA
+            result.name: result
+            for result in found
+            if result.keep == keep and result.calibrated == calibrated and result.name in CRITERIA
         }
         best = min(here.values(), key=lambda result: result.rise[domain])
         if best.name == "reap":
@@ -211,7 +236,10 @@ def where_reap_is_not_first(found: Sequence[Result], keeps: Sequence[float], dom
             f"  keep {keep:.0%}, calibrated on {calibrated}, judged on {domain}: {best.name} is {sure} better, "
             f"by {math.expm1(margin.mean):.1%} ± {math.exp(margin.mean) * margin.stderr:.1%}"
         )
-    yield f"\nreap comes first of {len(CRITERIA)} in {first} of {len(cases)} cases; in {clear} another is better by more than two "
+    yield (
+        f"\nreap comes first of {len(CRITERIA)} in {first} of {len(cases)} cases; in {clear} another is better by more"
+        " than two "
+    )
     yield "standard errors (the first of so many, named on the very text, is a little flattered):"
     yield from lines
 
@@ -219,7 +247,11 @@ def where_reap_is_not_first(found: Sequence[Result], keeps: Sequence[float], dom
 def refined_against_criteria(found: Sequence[Result], keeps: Sequence[float], domains: Sequence[str]) -> Iterator[str]:
     """Does the refined plan beat every criterion at its size, on text that it never saw?"""
     for keep in keeps:
-        here = {result.name: result for result in found if result.keep == keep and result.calibrated == ALL and result.name != RANDOM}
+        here = {
+            result.name: result
+            for result in found
+            if result.keep == keep and result.calibrated == ALL and result.name != RANDOM
+        }
         if REFINED not in here:
             continue
         best = min((result for name, result in here.items() if name in CRITERIA), key=lambda result: result.mean)
@@ -228,7 +260,9 @@ def refined_against_criteria(found: Sequence[Result], keeps: Sequence[float], do
         margin = paired_difference(*joint)
         word = "beats" if margin.mean > 0 else "does NOT beat"
         sure = "" if abs(margin.mean) > 2 * margin.stderr else ", which may be chance"
-        per_domain = ", ".join(f"{domain} {percent(ours.rise[domain])} (best criterion {best_on(here, domain)})" for domain in domains)
+        per_domain = ", ".join(
+            f"{domain} {percent(ours.rise[domain])} (best criterion {best_on(here, domain)})" for domain in domains
+        )
         yield (
             f"keep {keep:.0%}: refined {word} every criterion on all held-out tokens: {best.name}, the next, is "
             f"{math.expm1(margin.mean):+.2%} ± {math.exp(margin.mean) * margin.stderr:.2%}{sure}; {per_domain}"
@@ -243,11 +277,17 @@ def best_on(here: dict[str, Result], domain: str) -> str:
 def report(found: Sequence[Result], jury: Jury, case: Case, args: argparse.Namespace, seconds: float) -> Iterator[str]:
     """The whole text."""
     digest = hashlib.sha256(case.model.read_bytes()).hexdigest()[:16]
-    yield f"reap {reap.__version__}, {platform.machine()}, {os.cpu_count()} cores, {case.threads} threads, {seconds:.0f} s"
-    yield f"model {case.model.name} (sha256 {digest}…), calibration {case.calibration.name}, windows of {CTX_SIZE} tokens"
+    yield (
+        f"reap {reap.__version__}, {platform.machine()}, {os.cpu_count()} cores, {case.threads} threads,"
+        f" {seconds:.0f} s"
+    )
+    yield (
+        f"model {case.model.name} (sha256 {digest}…), calibration {case.calibration.name}, windows of {CTX_SIZE} tokens"
+    )
     scored = {domain: jury.whole[domain].size for domain in jury.domains}
     yield "with all experts: " + ", ".join(
-        f"{domain} {math.exp(jury.whole[domain].mean()):.2f} ({scored[domain]:,} tokens scored)" for domain in jury.domains
+        f"{domain} {math.exp(jury.whole[domain].mean()):.2f} ({scored[domain]:,} tokens scored)"
+        for domain in jury.domains
     )
     yield ""
     yield from (against_chance(found, keep) for keep in args.keep)
@@ -271,10 +311,14 @@ def draw(found: Sequence[Result], keeps: Sequence[float], domains: Sequence[str]
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = pyplot.subplots(1, len(keeps), figsize=(3.4 * len(keeps), 4.4), sharey=True, squeeze=False)
-    names = [name for name in (REFINED, *CRITERIA, *TRAPS.values(), RANDOM) if any(result.name == name for result in found)]
+    names = [
+        name for name in (REFINED, *CRITERIA, *TRAPS.values(), RANDOM) if any(result.name == name for result in found)
+    ]
     for panel, keep in zip(axes[0], keeps, strict=True):
         for row, name in enumerate(names):
-            here = [result for result in found if result.keep == keep and result.calibrated == ALL and result.name == name]
+            here = [
+                result for result in found if result.keep == keep and result.calibrated == ALL and result.name == name
+            ]
             mean = float(np.mean([result.mean for result in here]))
             wrong = name in TRAPS.values() or name == RANDOM
             panel.barh(
@@ -287,11 +331,23 @@ def draw(found: Sequence[Result], keeps: Sequence[float], domains: Sequence[str]
             )
             if len(here) > 1:
                 panel.errorbar(
-                    math.expm1(mean), row, xerr=math.exp(mean) * np.std([result.mean for result in here], ddof=1), color="black", capsize=4
+                    math.expm1(mean),
+                    row,
+                    xerr=math.exp(mean) * np.std([result.mean for result in here], ddof=1),
+                    color="black",
+                    capsize=4,
                 )
             for shape, domain in zip(SHAPES, domains, strict=False):
                 value = math.expm1(float(np.mean([result.rise[domain] for result in here])))
-                panel.plot(value, row, shape, color="white", markeredgecolor="black", markersize=5.5, label=domain if not row else None)
+                panel.plot(
+                    value,
+                    row,
+                    shape,
+                    color="white",
+                    markeredgecolor="black",
+                    markersize=5.5,
+                    label=domain if not row else None,
+                )
         panel.set_title(f"{keep:.0%} of the experts kept")
         panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         panel.set_xlim(left=min(0.0, panel.get_xlim()[0]))
@@ -299,7 +355,9 @@ def draw(found: Sequence[Result], keeps: Sequence[float], domains: Sequence[str]
         panel.set_axisbelow(True)
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].invert_yaxis()
-    figure.supxlabel("rise of the perplexity on held-out text: bar, mean over domains; line on random, spread of its seeds")
+    figure.supxlabel(
+        "rise of the perplexity on held-out text: bar, mean over domains; line on random, spread of its seeds"
+    )
     figure.suptitle(f"{model}, calibrated on all domains: less is better")
     axes[0][-1].legend(loc="upper right", title="judged on", framealpha=1.0)
     figure.tight_layout()
@@ -318,7 +376,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-traps", action="store_true", help="without the two mistakes, which need reap-dump-nodes")
     parser.add_argument("--trap-tokens", type=int, help="calibration tokens for the two mistakes; all by default")
     parser.add_argument("--refine", type=seconds_of, help="time for `reap plan --refine` at each size")
-    parser.add_argument("--refine-passes", type=float, help="at most so many passes, which make it independent of the machine's speed")
+    parser.add_argument(
+        "--refine-passes", type=float, help="at most so many passes, which make it independent of the machine's speed"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()

@@ -2,8 +2,9 @@
 
     python benchmarks/report_speed.py [--runs 7]
 
-Needs Chromium and its driver (Debian: chromium, chromium-driver) and the extra `test`. A run starts a fresh browser: "first" is
-its first page, "again" the median of three more. Time is counted from the start of the navigation until every figure is drawn.
+Needs Chromium and its driver (Debian: chromium, chromium-driver) and the extra `test`. A run starts a fresh browser:
+"first" is its first page, "again" the median of three more. Time is counted from the start of the navigation until
+every figure is drawn.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import reap
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from browser import browser
-from profiles import large_profile
+from helpers.browser import browser
+from helpers.profiles import large_profile
 
 
 def main() -> None:
@@ -42,7 +43,8 @@ def main() -> None:
                 again.append(statistics.median(opened.open(path) for _ in range(3)))
         for name, values in (("first page of a fresh browser", first), ("again", again)):
             print(
-                f"{name}: all figures drawn after {statistics.median(values):.0f} ms, {min(values):.0f} to {max(values):.0f} in {runs} runs"
+                f"{name}: all figures drawn after {statistics.median(values):.0f} ms, {min(values):.0f} to"
+                f" {max(values):.0f} in {runs} runs"
             )
 
 

@@ -1,4 +1,5 @@
-"""Each token's experts and their g·‖f‖, and how two runs of one model differ in them. Used by wheel_variants.py and cuda_check.py."""
+"""Each token's experts and their g·‖f‖, and how two runs of one model differ in them. Used by wheel_variants.py and
+cuda_check.py."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ WINDOW = 256
 
 @dataclass(frozen=True)
 class Run:
-    """What one run measured. label: of what ran it. routed: bool [windows, tokens, layers, n_experts]. gated_norm: float64, same shape."""
+    """What one run measured. label: of what ran it. routed: bool [windows, tokens, layers, n_experts]. gated_norm:
+    float64, same shape."""
 
     label: str
     routed: np.ndarray[Any, np.dtype[np.bool_]]
@@ -37,8 +39,8 @@ def measure(label: str, session: Any, layers: list[int], n_experts: int, tokens:
 
 @dataclass(frozen=True)
 class Difference:
-    """flipped: routings with another set of experts. largest, median: relative difference of an expert's REAP, over the routings that no
-    flip can have reached."""
+    """flipped: routings with another set of experts. largest, median: relative difference of an expert's REAP, over the
+    routings that no flip can have reached."""
 
     flipped: int
     total: int
@@ -49,7 +51,8 @@ class Difference:
 def compare(name: str, expected: Run, found: Run, n_listed: int) -> Difference:
     """Print where two runs differ.
 
-    What a flip in layer l of token t can reach is the same token and those behind it in its window, in the layers above; that is set aside.
+    What a flip in layer l of token t can reach is the same token and those behind it in its window, in the layers
+    above; that is set aside.
     """
     flipped = (expected.routed != found.routed).any(axis=-1)
     below = np.cumsum(flipped, axis=2) - flipped
@@ -62,7 +65,10 @@ def compare(name: str, expected: Run, found: Run, n_listed: int) -> Difference:
     same = f"REAP differs by {result.largest:.1e} at most, {result.median:.1e} in the median expert"
     if np.array_equal(expected.gated_norm, found.gated_norm):
         same = "every value is bit for bit the same"
-    print(f"{name}: {result.flipped:,} of {result.total:,} routings flipped, {reached.sum():,} set aside; on the rest {same}")
+    print(
+        f"{name}: {result.flipped:,} of {result.total:,} routings flipped, {reached.sum():,} set aside; on the rest"
+        f" {same}"
+    )
     for window, token, layer in np.argwhere(flipped)[:n_listed]:
         names = [set(np.flatnonzero(one.routed[window, token, layer]).tolist()) for one in (expected, found)]
         went, came = (", ".join(map(str, sorted(names[i] - names[1 - i]))) for i in (0, 1))

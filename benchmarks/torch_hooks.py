@@ -2,9 +2,9 @@
 
     python benchmarks/torch_hooks.py [--repeats 5] [--threads 2] [--pre qwen2]
 
-The model is a random Qwen3-MoE, converted to F32 GGUF. PyTorch computes the norms of the routed experts only (the sum that
-REAP needs, one expert at a time over its tokens), or of all experts on every token, as tools that replace the MoE block do. Needs the
-extra `hf`.
+The model is a random Qwen3-MoE, converted to F32 GGUF. PyTorch computes the norms of the routed experts only (the sum
+that REAP needs, one expert at a time over its tokens), or of all experts on every token, as tools that replace the MoE
+block do. Needs the extra `hf`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from reap.engine import EngineOptions, open_session
-from reap.hf.converter import convert_checkpoint
-from torch_models import make_tokenizer
+from helpers.torch_models import make_tokenizer
+from reap.engine.options import EngineOptions
+from reap.engine.session import open_session
+from reap.hf.disk.convert import convert_checkpoint
 
 N_TOKENS, N_LAYERS, N_EXPERTS, N_USED = 512, 6, 64, 8
 
@@ -94,7 +95,9 @@ def main() -> None:
 
 
 def compare(model: Qwen3MoeForCausalLM, gguf: Path, tokens: np.ndarray, repeats: int, threads: int) -> None:
-    session = open_session(gguf, EngineOptions(ctx_size=N_TOKENS, threads=threads, type_k="f32", type_v="f32", flash_attn="off"))
+    session = open_session(
+        gguf, EngineOptions(ctx_size=N_TOKENS, threads=threads, type_k="f32", type_v="f32", flash_attn="off")
+    )
     session.start_profile(list(range(N_LAYERS)), N_EXPERTS)
     zeros, positions = np.zeros(N_TOKENS, np.int32), np.arange(N_TOKENS, dtype=np.int32)
     batch = torch.from_numpy(tokens).long()[None]
@@ -111,7 +114,11 @@ def compare(model: Qwen3MoeForCausalLM, gguf: Path, tokens: np.ndarray, repeats:
         hooks.remove()
         sums[name] = hooks.sums
 
-    ways = {"reap": reap, "torch, routed experts": lambda: hooked("routed", False), "torch, all experts": lambda: hooked("all", True)}
+    ways = {
+        "reap": reap,
+        "torch, routed experts": lambda: hooked("routed", False),
+        "torch, all experts": lambda: hooked("all", True),
+    }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, work in ways.items():
@@ -122,7 +129,9 @@ def compare(model: Qwen3MoeForCausalLM, gguf: Path, tokens: np.ndarray, repeats:
     per_batch = session.sums(0)["gated_norm_sum"] / (repeats + 1)
     used = per_batch > 0
     difference = float(np.abs(per_batch[used] / sums["routed"].numpy()[used] - 1).max())
-    print(f"{N_LAYERS} layers, {N_EXPERTS} experts, top-{N_USED}, hidden 512, F32, {N_TOKENS} tokens, {threads} threads")
+    print(
+        f"{N_LAYERS} layers, {N_EXPERTS} experts, top-{N_USED}, hidden 512, F32, {N_TOKENS} tokens, {threads} threads"
+    )
     for name, values in times.items():
         ratio = statistics.median(other / own for other, own in zip(values, times["reap"], strict=True))
         print(f"  {name:24} {N_TOKENS / statistics.median(values):8.0f} tokens/s   {ratio:5.2f} times reap's time")

@@ -7,14 +7,14 @@
     python benchmarks/train_embedded_model.py evaluate --work DIR --keep 0.5 0.25
     reap convert DIR python/reap/data/reap-demo-3.7m-q8_0.gguf --outtype q8_0 --pre qwen2
 
-The recipe is `Recipe` with its defaults and `PACKAGES`: 1,500 steps of four windows of 512 tokens, the domains taking turns (3.07 M
-tokens of the 7.1 M there are: less than one pass), Muon at 0.015 for the matrices, AdamW at 3e-3 for embeddings, routers and norms,
-30 steps of warm-up and a straight way down to 0 over the last 30 % of the steps, computed in bfloat16 (routers, softmax and losses in
-float32) over float32 weights. Everything is seeded, so a second run (none was made)
-should differ only by the order of floating point sums.
+The recipe is `Recipe` with its defaults and `PACKAGES`: 1,500 steps of four windows of 512 tokens, the domains taking
+turns (3.07 M tokens of the 7.1 M there are: less than one pass), Muon at 0.015 for the matrices, AdamW at 3e-3 for
+embeddings, routers and norms, 30 steps of warm-up and a straight way down to 0 over the last 30 % of the steps,
+computed in bfloat16 (routers, softmax and losses in float32) over float32 weights. Everything is seeded, so a second
+run (none was made) should differ only by the order of floating point sums.
 
-Printed by the run that made the embedded model (3,688,064 parameters; transformers 5.23, torch 2.13; two busy cores of a Xeon with AMX;
-22 minutes at 900 to 5,000 tokens/s, stopped once after step 720 and resumed from its checkpoint):
+Printed by the run that made the embedded model (3,688,064 parameters; transformers 5.23, torch 2.13; two busy cores of
+a Xeon with AMX; 22 minutes at 900 to 5,000 tokens/s, stopped once after step 720 and resumed from its checkpoint):
 
     step 200: loss 4.935   step 400: loss 4.210   step 600: loss 3.863   step 800: loss 3.138
     step 1000: loss 3.035   step 1200: loss 2.840   step 1400: loss 2.674   step 1500: loss 2.648, balance 1.32
@@ -99,7 +99,9 @@ SKIPPED = re.compile(
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # The expression of Qwen2's tokenizer, which llama.cpp knows as tokenizer.ggml.pre = "qwen2".
-QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -129,7 +131,9 @@ def package_files(package: str, suffixes: tuple[str, ...]) -> list[Path]:
 def package_versions() -> dict[str, str]:
     """The Debian version of every package of the recipe."""
     names = [name for packages in PACKAGES.values() for name in packages]
-    run = subprocess.run(["dpkg-query", "-W", "-f", "${Package} ${Version}\n", *names], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", *names], capture_output=True, text=True, check=True
+    )
     return dict(line.split() for line in run.stdout.splitlines())
 
 
@@ -358,7 +362,9 @@ class SortedExperts(torch.autograd.Function):
         place = torch.empty_like(order).index_copy_(0, order, place_sorted)
         source = torch.full((int(ends[-1]),), n).index_copy_(0, place_sorted, order // k)
         inputs = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, source)
-        spans = [(e, b - size, b) for e, (b, size) in enumerate(zip(ends.tolist(), padded.tolist(), strict=True)) if size]
+        spans = [
+            (e, b - size, b) for e, (b, size) in enumerate(zip(ends.tolist(), padded.tolist(), strict=True)) if size
+        ]
         hidden, outputs = x.new_empty(len(source), gate_up.shape[1]), torch.empty_like(inputs)
         for e, a, b in spans:
             torch.mm(inputs[a:b], gate_up[e].T, out=hidden[a:b])
@@ -508,7 +514,9 @@ class Trainer:
         matrices = [p for n, p in self.model.named_parameters() if "proj" in n] if optimiser == "muon" else []
         others = [p for p in self.params if not any(p is m for m in matrices)]
         self.muon = Muon(matrices, recipe.muon_lr, 0.95, recipe.weight_decay)
-        self.adamw = torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
+        self.adamw = torch.optim.AdamW(
+            others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
+        )
         self.pool = ThreadPoolExecutor(self.workers)
 
     def scale(self, step: int) -> float:

@@ -2,11 +2,14 @@
 
     python benchmarks/trap_scores.py MODEL CALIBRATION.jsonl [--max-tokens 20000]
 
-Runs `reap-dump-nodes` (tests/tools: llama.cpp alone, none of reap's core) over the calibration and adds up REAP three times:
+Runs `reap-dump-nodes` (tests/tools: llama.cpp alone, none of reap's core) over the calibration and adds up REAP three
+times:
 
-right     the chosen experts read through the view's strides, the gate that multiplies the output; must agree with `reap profile`
-strided   the mistake: `ffn_moe_topk` is a view of the full ranking, n_experts apart; read as if it were packed, it gives the whole rankings
-          of the first tokens instead of the choices of all, so that every expert seems to be chosen about equally often
+right     the chosen experts read through the view's strides, the gate that multiplies the output; must agree with `reap
+          profile`
+strided   the mistake: `ffn_moe_topk` is a view of the full ranking, n_experts apart; read as if it were packed, it
+          gives the whole rankings of the first tokens instead of the choices of all, so that every expert seems to be
+          chosen about equally often
 first     the mistake: the first `ffn_moe_weights` taken for the gate, before normalisation
 
 and prints how far the mistaken counts and scores are from the right ones. `benchmarks/quality.py` prunes by them.
@@ -24,13 +27,14 @@ from typing import Any
 import numpy as np
 
 import reap
-from reap.calibration import Calibration
-from reap.engine import EngineOptions, SessionTokenizer, open_session
+from reap.engine.options import EngineOptions
+from reap.engine.session import SessionTokenizer, open_session
+from reap.text.calibration import Calibration
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from graph_oracle import GATES, OUTPUTS, Nodes, dump, last
-from llama_tools import find_tool
+from helpers.graph_oracle import GATES, OUTPUTS, Nodes, dump, last
+from helpers.llama_tools import find_tool
 
 KINDS = ("right", "strided", "first")
 SAMPLES_AT_ONCE = 10  # what is written down is about 50 KB a token
@@ -53,7 +57,9 @@ class Totals:
             return self.sums / self.counts
 
 
-def tokenised(model: Path, calibration: Path, ctx_size: int, max_tokens: int | None) -> Iterator[tuple[str | None, list[int]]]:
+def tokenised(
+    model: Path, calibration: Path, ctx_size: int, max_tokens: int | None
+) -> Iterator[tuple[str | None, list[int]]]:
     """(domain, token ids) of each window of the calibration."""
     session = open_session(model, EngineOptions(ctx_size=ctx_size, threads=1))
     source = Calibration(str(calibration), ctx_size=ctx_size, max_tokens=max_tokens)
@@ -84,7 +90,9 @@ def trap_scores(
     """domain (None: all) -> kind -> totals. Needs reap-dump-nodes."""
     program = find_tool("reap-dump-nodes")
     if program is None:
-        raise SystemExit("reap-dump-nodes is missing: cmake --preset tools && cmake --build build/tools --target reap-llama-tools")
+        raise SystemExit(
+            "reap-dump-nodes is missing: cmake --preset tools && cmake --build build/tools --target reap-llama-tools"
+        )
     info = reap.inspect(model)
     samples = list(tokenised(model, calibration, ctx_size, max_tokens))
     domains = [None, *dict.fromkeys(domain for domain, _ in samples if domain is not None)]
@@ -92,7 +100,9 @@ def trap_scores(
     with tempfile.TemporaryDirectory() as directory:
         for start in range(0, len(samples), SAMPLES_AT_ONCE):
             part = samples[start : start + SAMPLES_AT_ONCE]
-            for (domain, tokens), nodes in zip(part, dump(program, model, [ids for _, ids in part], Path(directory)), strict=True):
+            for (domain, tokens), nodes in zip(
+                part, dump(program, model, [ids for _, ids in part], Path(directory)), strict=True
+            ):
                 for name in {None, domain}:
                     add_sample(totals[name], nodes, info.moe_layers, len(tokens))
     return totals
@@ -116,18 +126,24 @@ def main() -> None:
     right = totals["right"]
     moved = int(np.abs(right.counts - profile.counts).sum()) // 2
     difference = np.nanmax(np.abs(right.score() / profile.score("reap") - 1))
-    print(f"right: {moved:,} of {int(right.counts.sum()):,} routings unlike reap's own profile; REAP differs by at most {difference:.1e}")
+    print(
+        f"right: {moved:,} of {int(right.counts.sum()):,} routings unlike reap's own profile; REAP differs by at most"
+        f" {difference:.1e}"
+    )
     for kind in KINDS[1:]:
         wrong = totals[kind]
-        print(f"{kind}: " + "; ".join(_layer_line(right, wrong, row, int(layer)) for row, layer in enumerate(profile.layers)))
+        print(
+            f"{kind}: "
+            + "; ".join(_layer_line(right, wrong, row, int(layer)) for row, layer in enumerate(profile.layers))
+        )
 
 
 def _layer_line(right: Totals, wrong: Totals, row: int, layer: int) -> str:
     counts, truth = wrong.counts[row], right.counts[row]
     correlation = rank_correlation(right.score()[row], wrong.score()[row])
     return (
-        f"layer {layer}: counts {counts.min():.0f} to {counts.max():.0f} (truth {truth.min():.0f} to {truth.max():.0f}), "
-        f"rank correlation of REAP {correlation:.2f}"
+        f"layer {layer}: counts {counts.min():.0f} to {counts.max():.0f} (truth {truth.min():.0f} to"
+        f" {truth.max():.0f}), rank correlation of REAP {correlation:.2f}"
     )
 
 

@@ -1,9 +1,11 @@
-"""What evaluating a plan virtually costs, how near it is to the pruned file, and what less memory for the reference does.
+"""What evaluating a plan virtually costs, how near it is to the pruned file, and what less memory for the reference
+does.
 
     python benchmarks/virtual_pruning.py [--windows 8] [--rounds 9]
 
-On the embedded model, one thread, with half and with a quarter of its experts by REAP. The paired times of one window of 512 tokens: with
-all experts, virtually pruned, and virtually pruned with the divergence from the reference; medians and ranges of the ratios.
+On the embedded model, one thread, with half and with a quarter of its experts by REAP. The paired times of one window
+of 512 tokens: with all experts, virtually pruned, and virtually pruned with the divergence from the reference; medians
+and ranges of the ratios.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import reap
-from reap.engine import EngineOptions
-from reap.evaluator import Judge
+from reap.engine.options import EngineOptions
+from reap.evaluation.plan_evaluator import PlanEvaluator
 
 DATA = Path(str(files("reap") / "data"))
 TEXTS = [DATA / "heldout" / f"{domain}.txt" for domain in ("c", "english", "python")]
@@ -34,16 +36,23 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def show_speed(judge: Judge, plan: reap.PrunePlan, rounds: int) -> None:
+def show_speed(judge: PlanEvaluator, plan: reap.PrunePlan, rounds: int) -> None:
     """Ratios of paired runs over the text."""
     reference = judge.reference()
     judge.measure(plan)  # the survey
     runs = [
-        (seconds(judge.measure), seconds(lambda: judge.measure(plan)), seconds(lambda: judge.measure(plan, reference=reference)))
+        (
+            seconds(judge.measure),
+            seconds(lambda: judge.measure(plan)),
+            seconds(lambda: judge.measure(plan, reference=reference)),
+        )
         for _ in range(rounds)
     ]
     n_windows = len(judge.text.windows)
-    print(f"all experts: {statistics.median(run[0] for run in runs) / n_windows * 1e3:.1f} ms a window of {judge.text.ctx_size} tokens")
+    print(
+        f"all experts: {statistics.median(run[0] for run in runs) / n_windows * 1e3:.1f} ms a window of"
+        f" {judge.text.ctx_size} tokens"
+    )
     for index, what in ((1, "virtually pruned"), (2, "virtually pruned, with the divergence")):
         ratios = sorted(run[index] / run[0] for run in runs)
         print(f"{what}: {statistics.median(ratios):.3f} of that ({ratios[0]:.3f} to {ratios[-1]:.3f}, {rounds} rounds)")
@@ -56,7 +65,10 @@ def show_nearness(model: Path, plan: reap.PrunePlan, directory: Path) -> None:
     virtual = reap.evaluate(model, TEXTS, plan=plan, threads=1)
     physical = reap.evaluate(small, TEXTS, reference=model, threads=1)
     for name, found in (("virtually", virtual), ("from the file", physical)):
-        print(f"{plan.keep} experts, {name}: perplexity {found.perplexity:.5f}, kl_mean {found.kl_mean:.5f}, top1 {found.top1:.4f}")
+        print(
+            f"{plan.keep} experts, {name}: perplexity {found.perplexity:.5f}, kl_mean {found.kl_mean:.5f}, top1"
+            f" {found.top1:.4f}"
+        )
 
 
 def show_memory(model: Path, plan: reap.PrunePlan, windows: int) -> None:
@@ -64,7 +76,7 @@ def show_memory(model: Path, plan: reap.PrunePlan, windows: int) -> None:
     print("tokens kept | kl_rest | kl_mean")
     n_positions = windows * len(TEXTS) * (OPTIONS.ctx_size // 2 - 1)
     for n_kept in TOKENS_KEPT:
-        judge = Judge(model, TEXTS, OPTIONS, max_windows=windows, reference_bytes=8 * n_kept * n_positions)
+        judge = PlanEvaluator(model, TEXTS, OPTIONS, max_windows=windows, reference_bytes=8 * n_kept * n_positions)
         found = judge.score(plan)
         print(f"{judge.reference().windows[0].log_probs.shape[1]} | {found.kl_rest:.3f} | {found.kl_mean:.5f}")
 
@@ -78,7 +90,7 @@ def main() -> None:
     model = next(DATA.glob("*.gguf"))
     profile = reap.profile(model, DATA / "calibration.jsonl", ctx_size=512, max_tokens=20_000, threads=1)
     half, quarter = reap.plan(profile, keep=0.5), reap.plan(profile, keep=0.25)
-    show_speed(Judge(model, TEXTS, OPTIONS, max_windows=args.windows), half, args.rounds)
+    show_speed(PlanEvaluator(model, TEXTS, OPTIONS, max_windows=args.windows), half, args.rounds)
     with tempfile.TemporaryDirectory() as directory:
         for plan in (half, quarter):
             show_nearness(model, plan, Path(directory))

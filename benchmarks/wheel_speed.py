@@ -1,9 +1,11 @@
 """Profile speed of an installed wheel against a source build on the same machine: two processes, one pass each in turn.
 
-    python benchmarks/wheel_speed.py --wheel WHEEL_ENV/bin/python --source SOURCE_ENV/bin/python [--repeats 9] [--threads 2 1]
+    python benchmarks/wheel_speed.py --wheel WHEEL_ENV/bin/python --source SOURCE_ENV/bin/python [--repeats 9]
+    [--threads 2 1]
 
-Both interpreters have reap installed, one from the wheel, the other built from source for this processor. A model with the dimensions of
-Qwen3-30B-A3B and few layers is profiled, 512 tokens a pass. The ratio is the median of paired passes, wheel over source in tokens a second.
+Both interpreters have reap installed, one from the wheel, the other built from source for this processor. A model with
+the dimensions of Qwen3-30B-A3B and few layers is profiled, 512 tokens a pass. The ratio is the median of paired passes,
+wheel over source in tokens a second.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ N_TOKENS = 512
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel", required=True, help="the interpreter of an environment with the wheel")
-    parser.add_argument("--source", required=True, help="the interpreter of an environment with a build for this processor")
+    parser.add_argument(
+        "--source", required=True, help="the interpreter of an environment with a build for this processor"
+    )
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q4_K"])
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
     parser.add_argument("--repeats", type=int, default=9)
@@ -58,8 +62,15 @@ def compare(interpreters: dict[str, str], model: Path, kind: str, threads: int, 
             process.kill()
             process.wait()
     ratio = statistics.median(source / wheel for source, wheel in zip(times["source"], times["wheel"], strict=True))
-    rates = ", ".join(f"{name} {N_TOKENS / statistics.median(values):.0f} tokens/s ({libraries[name]})" for name, values in times.items())
-    print(f"{kind}, {threads} thread{'s' if threads > 1 else ''}: {rates}: the wheel runs at {ratio:.3f} of the source build", flush=True)
+    rates = ", ".join(
+        f"{name} {N_TOKENS / statistics.median(values):.0f} tokens/s ({libraries[name]})"
+        for name, values in times.items()
+    )
+    print(
+        f"{kind}, {threads} thread{'s' if threads > 1 else ''}: {rates}: the wheel runs at {ratio:.3f} of the source"
+        " build",
+        flush=True,
+    )
 
 
 def one_pass(process: subprocess.Popen[str]) -> float:

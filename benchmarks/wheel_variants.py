@@ -1,16 +1,20 @@
-"""A wheel's CPU backends against a source build: the same routings and scores, token by token, for every variant that runs here.
+"""A wheel's CPU backends against a source build: the same routings and scores, token by token, for every variant that
+runs here.
 
-    python benchmarks/wheel_variants.py --wheel WHEEL_ENV/bin/python --source SOURCE_ENV/bin/python [--tokens 8192] [--list 20]
+    python benchmarks/wheel_variants.py --wheel WHEEL_ENV/bin/python --source SOURCE_ENV/bin/python [--tokens 8192]
+    [--list 20]
 
-Both interpreters have reap installed, one from the wheel, the other built from source for this processor. The embedded model runs in
-each, its weights as they are (Q8_0) and decoded to F32, with exact options (F32 cache, no flash attention, one thread), and with a group
-for every token, so that each token's experts and their g·‖f‖ are known. First the variant that the wheel chooses by itself, then a copy of
-the package with one variant of the CPU backend left in it, for each that this processor can run.
+Both interpreters have reap installed, one from the wheel, the other built from source for this processor. The embedded
+model runs in each, its weights as they are (Q8_0) and decoded to F32, with exact options (F32 cache, no flash
+attention, one thread), and with a group for every token, so that each token's experts and their g·‖f‖ are known. First
+the variant that the wheel chooses by itself, then a copy of the package with one variant of the CPU backend left in it,
+for each that this processor can run.
 
-A routing that flips (another set of experts for a token in a layer) changes what the layers above it see, for that token and those
-behind it in its window: those are set aside. REAP is compared over what is left. With weights in F32 it must agree to 1e-5. With
-quantised weights the engine rounds activations to 8 bits as well, and where another instruction set adds up in another order a value now
-and then falls on the other side of a rounding: what that does is printed, the largest difference of an expert and the median.
+A routing that flips (another set of experts for a token in a layer) changes what the layers above it see, for that
+token and those behind it in its window: those are set aside. REAP is compared over what is left. With weights in F32 it
+must agree to 1e-5. With quantised weights the engine rounds activations to 8 bits as well, and where another
+instruction set adds up in another order a value now and then falls on the other side of a rounding: what that does is
+printed, the largest difference of an expert and the median.
 """
 
 from __future__ import annotations
@@ -60,7 +64,9 @@ def as_floats(source: Path, target: Path) -> Path:
     writer = gguf.GGUFWriter(str(target), "qwen3moe")
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+            writer.add_key_value(
+                name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
+            )
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
     writer.write_header_to_file()
@@ -85,7 +91,10 @@ def compare_all(args: argparse.Namespace, model: Path, tolerance: float | None) 
             else:
                 worst = max(worst, compare(library.name, expected, found, args.list).largest)
     if tolerance is not None:
-        print(f"largest difference {worst:.1e}, allowed {tolerance:.0e}: {'holds' if worst <= tolerance else 'DOES NOT HOLD'}")
+        print(
+            f"largest difference {worst:.1e}, allowed {tolerance:.0e}:"
+            f" {'holds' if worst <= tolerance else 'DOES NOT HOLD'}"
+        )
     return int(tolerance is not None and worst > tolerance)
 
 
@@ -126,7 +135,9 @@ def child(model: Path, out: Path, n_tokens: int) -> None:
     from importlib.resources import files
 
     from reap import inspect as inspect_model
-    from reap.engine import EngineOptions, backends, open_session
+    from reap.engine.devices import backends
+    from reap.engine.options import EngineOptions
+    from reap.engine.session import open_session
 
     info = inspect_model(model)
     options = EngineOptions(ctx_size=WINDOW, type_k="f32", type_v="f32", flash_attn="off", threads=1, devices=("none",))

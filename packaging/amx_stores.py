@@ -1,8 +1,10 @@
-"""Check that a library's AMX tile configuration is whole: what `ldtilecfg` loads was stored before it (docs/building.md).
+"""Check that a library's AMX tile configuration is whole: what `ldtilecfg` loads was stored before it
+(docs/building.md).
 
     python packaging/amx_stores.py libggml-cpu-sapphirerapids.so [...]
 
-Reads the disassembly (objdump, of binutils), so it needs no processor with AMX. A library without AMX instructions passes.
+Reads the disassembly (objdump, of binutils), so it needs no processor with AMX. A library without AMX instructions
+passes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def main(paths: Sequence[str]) -> int:
     for path in paths:
         missing = missing_bytes(disassemble(Path(path)))
         for load, offsets in missing.items():
-            print(f"{path}: {load}: bytes {offsets} of the tile configuration are zero or never stored", file=sys.stderr)
+            print(
+                f"{path}: {load}: bytes {offsets} of the tile configuration are zero or never stored", file=sys.stderr
+            )
         if not missing:
             print(f"{path}: whole")
         bad += bool(missing)
@@ -43,7 +47,8 @@ def disassemble(library: Path) -> list[str]:
 
 
 def missing_bytes(instructions: Sequence[str]) -> dict[str, list[int]]:
-    """For each load of a configuration that is not whole, the bytes that nothing before it stores, or nothing but zeros."""
+    """For each load of a configuration that is not whole, the bytes that nothing before it stores, or nothing but
+    zeros."""
     missing = {}
     for index, instruction in enumerate(instructions):
         if not instruction.startswith("ldtilecfg"):
@@ -59,7 +64,9 @@ def missing_bytes(instructions: Sequence[str]) -> dict[str, list[int]]:
             if written and not (registers and registers[0] in zeros):
                 set_to_values |= written
             elif registers and not written:
-                (zeros.add if re.match(r"v?pxor", earlier) and len(set(registers)) == 1 else zeros.discard)(registers[-1])
+                (zeros.add if re.match(r"v?pxor", earlier) and len(set(registers)) == 1 else zeros.discard)(
+                    registers[-1]
+                )
         absent = sorted((set(range(CONFIGURATION_BYTES)) - stored) | (NOT_ZERO - set_to_values))
         if absent:
             missing[instruction] = absent

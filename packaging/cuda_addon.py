@@ -1,11 +1,12 @@
-"""Make the distribution `reap-moe-cuda` out of a wheel that was built with GGML_CUDA: the CUDA backend alone, for every Python.
+"""Make the distribution `reap-moe-cuda` out of a wheel that was built with GGML_CUDA: the CUDA backend alone, for every
+Python.
 
     python packaging/cuda_addon.py wheelhouse/reap_moe-0.1.0-cp312-cp312-manylinux_2_28_x86_64.whl -o wheelhouse
 
-On PyPI a distribution has one file for each Python and platform, so CUDA cannot be a second reap-moe. The backend is a module that knows no
-Python: one file serves all of them. It is installed into the package's folder beside the other backends, where reap finds it, and it
-depends on the very version of reap-moe that it was built with and on NVIDIA's libraries (`reap-moe[cuda]`). It refuses to write a file that
-PyPI would not take.
+On PyPI a distribution has one file for each Python and platform, so CUDA cannot be a second reap-moe. The backend is a
+module that knows no Python: one file serves all of them. It is installed into the package's folder beside the other
+backends, where reap finds it, and it depends on the very version of reap-moe that it was built with and on NVIDIA's
+libraries (`reap-moe[cuda]`). It refuses to write a file that PyPI would not take.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def make_addon(wheel: Path, folder: Path, max_bytes: int = MOST_BYTES) -> Path:
         if LIBRARY not in source.namelist():
             raise ValueError(f"{wheel.name}: has no {LIBRARY}; build it with -C cmake.define.GGML_CUDA=ON")
         info = f"reap_moe_cuda-{version}.dist-info"
-        files = {LIBRARY: source.read(LIBRARY), f"{info}/METADATA": metadata(version), f"{info}/WHEEL": wheel_file(platform)}
+        files = {
+            LIBRARY: source.read(LIBRARY),
+            f"{info}/METADATA": metadata(version),
+            f"{info}/WHEEL": wheel_file(platform),
+        }
         for name in source.namelist():
             if name.endswith(LICENCES):
                 files[f"{info}/licenses/{Path(name).name}"] = source.read(name)
@@ -64,26 +69,20 @@ def make_addon(wheel: Path, folder: Path, max_bytes: int = MOST_BYTES) -> Path:
     size = target.stat().st_size
     if size > max_bytes:
         target.unlink()
-        raise ValueError(f"{target.name}: {size / 1e6:.0f} MB where PyPI takes {max_bytes / 1e6:.0f}; name fewer CUDA architectures")
+        raise ValueError(
+            f"{target.name}: {size / 1e6:.0f} MB where PyPI takes {max_bytes / 1e6:.0f}; name fewer CUDA architectures"
+        )
     return target
 
 
 def metadata(version: str) -> bytes:
     return (
-        "Metadata-Version: 2.4\n"
-        "Name: reap-moe-cuda\n"
-        f"Version: {version}\n"
-        "Summary: The CUDA backend of reap-moe\n"
-        "License-Expression: MIT\n"
-        "License-File: LICENSE\n"
-        "License-File: llama.cpp.LICENSE\n"
-        "Requires-Python: >=3.10\n"
-        f"Requires-Dist: reap-moe[cuda]=={version}\n"
-        "Description-Content-Type: text/markdown\n"
-        "\n"
-        "The CUDA backend of reap-moe, of the same version. `pip install reap-moe-cuda` installs both\n"
-        "and NVIDIA's libraries; the driver is the machine's own. Where there is none, reap works on the processor, and `reap devices`\n"
-        "says why.\n"
+        f"Metadata-Version: 2.4\nName: reap-moe-cuda\nVersion: {version}\nSummary: The CUDA backend of"
+        " reap-moe\nLicense-Expression: MIT\nLicense-File: LICENSE\nLicense-File: llama.cpp.LICENSE\nRequires-Python:"
+        f" >=3.10\nRequires-Dist: reap-moe[cuda]=={version}\nDescription-Content-Type: text/markdown\n\nThe CUDA"
+        " backend of reap-moe, of the same version. `pip install reap-moe-cuda` installs both\nand NVIDIA's libraries;"
+        " the driver is the machine's own. Where there is none, reap works on the processor, and `reap devices`\nsays"
+        " why.\n"
     ).encode()
 
 

@@ -1,8 +1,10 @@
-"""Put a CUDA toolkit for building together: an nvcc that is there (or NVIDIA's packages of it), cuBLAS from PyPI, a stub of the driver.
+"""Put a CUDA toolkit for building together: an nvcc that is there (or NVIDIA's packages of it), cuBLAS from PyPI, a
+stub of the driver.
 
     python packaging/cuda_toolkit.py build/cuda-toolkit [--base /usr/local/cuda]
 
-prints the options to hand to CMake. The versions below are one CUDA release; the extra `cuda` in pyproject.toml must allow the same one.
+prints the options to hand to CMake. The versions below are one CUDA release; the extra `cuda` in pyproject.toml must
+allow the same one.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ COMPILER = (
 )
 FOLDER = Path("nvidia", "cu13")  # where NVIDIA's packages of CUDA 13 put their files
 
-# What ggml-cuda asks of the driver (`nm -D --undefined-only libggml-cuda.so`). The real libcuda.so.1 comes with the user's driver and is
-# never shipped; the linker needs something of that name.
+# What ggml-cuda asks of the driver (`nm -D --undefined-only libggml-cuda.so`). The real libcuda.so.1 comes with the
+# user's driver and is never shipped; the linker needs something of that name.
 DRIVER_FUNCTIONS = (
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -43,7 +45,9 @@ DRIVER_FUNCTIONS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to put the toolkit")
-    parser.add_argument("--base", type=Path, help="a toolkit that has nvcc and the runtime; without it they come from PyPI as well")
+    parser.add_argument(
+        "--base", type=Path, help="a toolkit that has nvcc and the runtime; without it they come from PyPI as well"
+    )
     args = parser.parse_args()
     root = make_toolkit(args.folder.resolve(), args.base)
     print(f"-DCUDAToolkit_ROOT={root} -DCMAKE_CUDA_COMPILER={root}/bin/nvcc")
@@ -53,7 +57,18 @@ def main() -> int:
 def make_toolkit(folder: Path, base: Path | None) -> Path:
     """The root of a toolkit below `folder`."""
     packages = (CUBLAS,) if base else (*COMPILER, CUBLAS)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:", "--upgrade", "--target", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--upgrade",
+        "--target",
+        str(folder),
+    ]
     subprocess.run([*command, *packages], check=True, stdout=sys.stderr)
     root = folder / FOLDER
     if base:

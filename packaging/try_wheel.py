@@ -2,8 +2,8 @@
 
     python packaging/try_wheel.py CLONE [--all]
 
-The tests are copied out of the clone, so that nothing of the tree can stand in for what the wheel lacks. Without --all: those that run the
-native module, the first contact and the readers, a minute's worth. No compiler is needed.
+The tests are copied out of the clone, so that nothing of the tree can stand in for what the wheel lacks. Without --all:
+those that run the native module, the first contact and the readers, a minute's worth. No compiler is needed.
 """
 
 from __future__ import annotations

@@ -14,9 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap.combining import Comparison as Comparison
-    from reap.combining import compare as compare
-    from reap.combining import merge as merge
+    from reap.engine.quantize import QuantizeReport as QuantizeReport
+    from reap.engine.quantize import quantize as quantize
     from reap.errors import CalibrationError as CalibrationError
     from reap.errors import EngineError as EngineError
     from reap.errors import FormatError as FormatError
@@ -29,33 +28,35 @@ if TYPE_CHECKING:
     from reap.errors import ReapWarning as ReapWarning
     from reap.errors import UnsupportedModelError as UnsupportedModelError
     from reap.errors import UsageError as UsageError
-    from reap.evaluator import Evaluation as Evaluation
-    from reap.evaluator import evaluate as evaluate
-    from reap.hf.converter import convert as convert
-    from reap.html_report.card import model_card as model_card
-    from reap.html_report.comparison import comparison_report as comparison_report
-    from reap.html_report.profile_report import report as report
-    from reap.inspector import ModelInfo as ModelInfo
-    from reap.inspector import inspect as inspect
-    from reap.planner import PrunePlan as PrunePlan
-    from reap.planner import plan as plan
-    from reap.planner import super_experts as super_experts
-    from reap.profiler import profile as profile
+    from reap.evaluation.evaluate import evaluate as evaluate
+    from reap.evaluation.refine import refine as refine
+    from reap.evaluation.result import Evaluation as Evaluation
+    from reap.evaluation.sweep import sweep as sweep
+    from reap.evaluation.sweep_table import Sweep as Sweep
+    from reap.gguf.model_info import ModelInfo as ModelInfo
+    from reap.gguf.model_info import inspect as inspect
+    from reap.hf.disk.convert import convert as convert
+    from reap.profiling.gguf import profile as profile
     from reap.progress import Progress as Progress
-    from reap.pruner import PruneReport as PruneReport
-    from reap.pruner import prune as prune
-    from reap.quantizer import QuantizeReport as QuantizeReport
-    from reap.quantizer import quantize as quantize
-    from reap.refiner import refine as refine
-    from reap.scores import METRICS as METRICS
-    from reap.scores import Profile as Profile
-    from reap.sweep_table import Sweep as Sweep
-    from reap.sweeper import sweep as sweep
+    from reap.pruning.gguf import PruneReport as PruneReport
+    from reap.pruning.gguf import prune as prune
+    from reap.reporting.card import model_card as model_card
+    from reap.reporting.comparison import comparison_report as comparison_report
+    from reap.reporting.notebook import plot as plot
+    from reap.reporting.profile_report import report as report
+    from reap.scores.comparing import Comparison as Comparison
+    from reap.scores.comparing import compare as compare
+    from reap.scores.merging import merge as merge
+    from reap.scores.plan import PrunePlan as PrunePlan
+    from reap.scores.plan import plan as plan
+    from reap.scores.plan import super_experts as super_experts
+    from reap.scores.profile import METRICS as METRICS
+    from reap.scores.profile import Profile as Profile
 
     __version__: str
 
 _HOME = {
-    "combining": ("Comparison", "compare", "merge"),
+    "engine.quantize": ("QuantizeReport", "quantize"),
     "errors": (
         "CalibrationError",
         "EngineError",
@@ -70,21 +71,24 @@ _HOME = {
         "UnsupportedModelError",
         "UsageError",
     ),
-    "evaluator": ("Evaluation", "evaluate"),
-    "hf.converter": ("convert",),
-    "html_report.card": ("model_card",),
-    "html_report.comparison": ("comparison_report",),
-    "html_report.profile_report": ("report",),
-    "inspector": ("ModelInfo", "inspect"),
-    "planner": ("PrunePlan", "plan", "super_experts"),
-    "profiler": ("profile",),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.refine": ("refine",),
+    "evaluation.result": ("Evaluation",),
+    "evaluation.sweep": ("sweep",),
+    "evaluation.sweep_table": ("Sweep",),
+    "gguf.model_info": ("ModelInfo", "inspect"),
+    "hf.disk.convert": ("convert",),
+    "profiling.gguf": ("profile",),
     "progress": ("Progress",),
-    "pruner": ("PruneReport", "prune"),
-    "quantizer": ("QuantizeReport", "quantize"),
-    "refiner": ("refine",),
-    "scores": ("METRICS", "Profile"),
-    "sweep_table": ("Sweep",),
-    "sweeper": ("sweep",),
+    "pruning.gguf": ("PruneReport", "prune"),
+    "reporting.card": ("model_card",),
+    "reporting.comparison": ("comparison_report",),
+    "reporting.notebook": ("plot",),
+    "reporting.profile_report": ("report",),
+    "scores.comparing": ("Comparison", "compare"),
+    "scores.merging": ("merge",),
+    "scores.plan": ("PrunePlan", "plan", "super_experts"),
+    "scores.profile": ("METRICS", "Profile"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -38,7 +38,8 @@ def quantized_size(options: QuantizeOptions) -> float:
 def quantize(options: QuantizeOptions, progress: Callable[[int, int], object]) -> None:
     """Write `options.output`. progress: (tensors begun, tensors in all). Nothing stops it but the end of its process.
 
-    Raises `reap.errors.EngineError` with the end of llama.cpp's log, `reap.errors.UsageError` for a type it does not know.
+    Raises `reap.errors.EngineError` with the end of llama.cpp's log, `reap.errors.UsageError` for a type it does not
+    know.
     """
 
 class QuantizeOptions:
@@ -87,7 +88,8 @@ class SessionOptions:
 class Session:
     """A model and a context. Every method that computes releases the GIL and answers Ctrl-C within one layer.
 
-    Raises `reap.errors.EngineError` with the end of llama.cpp's log, `reap.errors.UsageError` for an option it does not know.
+    Raises `reap.errors.EngineError` with the end of llama.cpp's log, `reap.errors.UsageError` for an option it does not
+    know.
     """
 
     def __init__(self, options: SessionOptions) -> None: ...
@@ -120,7 +122,8 @@ class Session:
     def tokenize(self, text: bytes, add_special: bool, parse_special: bool) -> NDArray[np.int32]: ...
     def token_text(self, token: int) -> bytes: ...
     def start_profile(self, layers: list[int], n_experts: int) -> None:
-        """Learn the model's graph from a two-token pass and prepare empty sums. `layers`: the MoE layers of the file, ascending."""
+        """Learn the model's graph from a two-token pass and prepare empty sums. `layers`: the MoE layers of the file,
+        ascending."""
 
     def profile_batch(
         self,
@@ -131,13 +134,14 @@ class Session:
     ) -> None:
         """Run one batch (all arrays int32 [n_tokens]) up to the last MoE layer; its saliency waits for `commit`.
 
-        `groups[i]` >= 0 is the group (domain) that token i is counted in, -1 for a token that is not counted. Where a batch fails,
-        all that waits is discarded. A batch that begins at position 0 begins anew: the context forgets all
+        `groups[i]` >= 0 is the group (domain) that token i is counted in, -1 for a token that is not counted. Where a
+        batch fails, all that waits is discarded. A batch that begins at position 0 begins anew: the context forgets all
         sequences.
         """
 
     def forward(self, tokens: NDArray[np.int32], all_logits: bool) -> None:
-        """Run one sequence without collecting: all logits, or the last token's alone. What a profile is measured against."""
+        """Run one sequence without collecting: all logits, or the last token's alone. What a profile is measured
+        against."""
 
     def commit(self, n_units: int) -> None:
         """Add what waits to the sums and `n_units` to `units`, in one step that no signal can part."""
@@ -155,8 +159,8 @@ class Session:
     @property
     def n_groups(self) -> int: ...
     def sums(self, group: int) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
-        """counts int64, gate_sum, norm_sum, gated_norm_sum, gated_norm_sq_sum, norm_max float64, each [n_layers, n_experts];
-        total_tokens int64 [n_layers]."""
+        """counts int64, gate_sum, norm_sum, gated_norm_sum, gated_norm_sq_sum, norm_max float64, each [n_layers,
+        n_experts]; total_tokens int64 [n_layers]."""
 
     def collector_stats(self) -> dict[str, float]:
         """seconds in the callback, bytes read by the collector, stops, batches."""
@@ -165,30 +169,33 @@ class Session:
         """Logits [n_tokens - first, n_vocab] of the positions from `first` on, in a fresh context."""
 
     def log_probs(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float64]:
-        """ln p(tokens[i + 1] | tokens[..i]) for i = first .. n_tokens - 2, float64 [n_tokens - 1 - first], in a fresh context."""
+        """ln p(tokens[i + 1] | tokens[..i]) for i = first .. n_tokens - 2, float64 [n_tokens - 1 - first], in a fresh
+        context."""
 
     def predict_top(self, tokens: NDArray[np.int32], first: int, n_top: int) -> dict[str, NDArray[Any]]:
         """What the model predicts at the n = n_tokens - 1 - first positions from `first` on, in a fresh context.
 
-        next: float64 [n], ln p of the token that comes. best: int32 [n], the most probable token. ids: int32 [n, k], the
-        k = min(n_top, n_vocab) most probable tokens in no order, or the whole vocabulary in its own. log_probs: float32 [n, k],
-        theirs. rest: float64 [n], the probability (no logarithm) of all tokens that are not among them.
+        next: float64 [n], ln p of the token that comes. best: int32 [n], the most probable token. ids: int32 [n, k],
+        the k = min(n_top, n_vocab) most probable tokens in no order, or the whole vocabulary in its own. log_probs:
+        float32 [n, k], theirs. rest: float64 [n], the probability (no logarithm) of all tokens that are not among them.
         """
 
     def predict_ids(self, tokens: NDArray[np.int32], first: int, ids: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
         """The same about the tokens `ids` int32 [n, k]; what it returns has no "ids"."""
 
     def generate(self, tokens: NDArray[np.int32], n_new: int) -> NDArray[np.int32]:
-        """The most probable tokens one after another behind `tokens`: n_new, or fewer where one ends the text, which is the last then.
+        """The most probable tokens one after another behind `tokens`: n_new, or fewer where one ends the text, which is
+        the last then.
 
         `UnsupportedModelError` for a model without a cache (diffusion).
         """
 
     def ends_generation(self, token: int) -> bool: ...
     def set_kept(self, kept: dict[int, list[int]] | None) -> None:
-        """From now on run as if each MoE layer (GGUF block index) had only the experts `kept[layer]`; None: all of them again.
+        """From now on run as if each MoE layer (GGUF block index) had only the experts `kept[layer]`; None: all of them
+        again.
 
-        In force for everything that runs the model. After each batch it is checked that every layer was masked for every token.
-        `UnsupportedModelError` for a model whose routing depends on more than its router's values, `UsageError` for layers or ids that
-        the model does not have, or fewer experts than a token goes to.
+        In force for everything that runs the model. After each batch it is checked that every layer was masked for
+        every token. `UnsupportedModelError` for a model whose routing depends on more than its router's values,
+        `UsageError` for layers or ids that the model does not have, or fewer experts than a token goes to.
         """

@@ -7,7 +7,8 @@ import functools
 
 @functools.cache
 def version() -> str:
-    """The installed distribution's version; "unknown" where reap runs from a source tree without having been installed."""
+    """The installed distribution's version; "unknown" where reap runs from a source tree without having been
+    installed."""
     from importlib import metadata
 
     try:

@@ -1,11 +1,14 @@
-"""Move the pin to another llama.cpp: fetch, hash, say what changed, build, run the architecture table and the tests that stand on names.
+"""Move the pin to another llama.cpp: fetch, hash, say what changed, build, run the architecture table and the tests
+that stand on names.
 
-    python vendor/llama.cpp/bump.py 0.3.37              # everything; leaves a changed pin.cmake, CHANGELOG.md and docs/architectures.md
+    python vendor/llama.cpp/bump.py 0.3.37              # everything; leaves a changed pin.cmake, CHANGELOG.md and
+                                                        docs/architectures.md
     python vendor/llama.cpp/bump.py 0.3.37 --no-build   # stop after saying what changed in the source
 
-The version is that of the PyPI package that carries llama.cpp's tree (pin.cmake). Its source distribution is downloaded with pip, its
-sha256 taken, and the upstream commit read from the submodule that it records. What reap relies on by name is compared first: a renamed
-node, tensor or key ends the bump with a sentence before anything is built. Nothing is committed.
+The version is that of the PyPI package that carries llama.cpp's tree (pin.cmake). Its source distribution is downloaded
+with pip, its sha256 taken, and the upstream commit read from the submodule that it records. What reap relies on by name
+is compared first: a renamed node, tensor or key ends the bump with a sentence before anything is built. Nothing is
+committed.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ FIELDS = ("PACKAGE", "VERSION", "SHA256", "COMMIT")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", help="of the package that pin.cmake names")
-    parser.add_argument("--no-build", action="store_true", help="change nothing: say what the new source changes, and stop")
+    parser.add_argument(
+        "--no-build", action="store_true", help="change nothing: say what the new source changes, and stop"
+    )
     args = parser.parse_args()
     try:
         return bump(args.version, build=not args.no_build)
@@ -41,7 +46,8 @@ def main() -> int:
         return 1
     except subprocess.CalledProcessError as error:
         print(
-            f"{' '.join(map(str, error.cmd))}: failed; pin.cmake names {args.version} now, `git diff` shows what was changed",
+            f"{' '.join(map(str, error.cmd))}: failed; pin.cmake names {args.version} now, `git diff` shows what was"
+            " changed",
             file=sys.stderr,
         )
         return 1
@@ -51,10 +57,18 @@ def bump(version: str, *, build: bool) -> int:
     old = read_pin(PIN)
     with tempfile.TemporaryDirectory() as folder:
         archive = download(old["PACKAGE"], version, Path(folder))
-        new = {"PACKAGE": old["PACKAGE"], "VERSION": version, "SHA256": sha256_of(archive), "COMMIT": commit_of(archive)}
+        new = {
+            "PACKAGE": old["PACKAGE"],
+            "VERSION": version,
+            "SHA256": sha256_of(archive),
+            "COMMIT": commit_of(archive),
+        }
         before = fetch.fetch(old["PACKAGE"], old["VERSION"], old["SHA256"], None)
         after = fetch.fetch(new["PACKAGE"], version, new["SHA256"], archive)
-    print(f"{old['PACKAGE']} {old['VERSION']} -> {version}\nllama.cpp {old['COMMIT']}\n       -> {new['COMMIT']}\nsha256 {new['SHA256']}")
+    print(
+        f"{old['PACKAGE']} {old['VERSION']} -> {version}\nllama.cpp {old['COMMIT']}\n       -> {new['COMMIT']}\nsha256"
+        f" {new['SHA256']}"
+    )
     facts = source_facts.read_facts(after)
     for line in differences(source_facts.read_facts(before), facts) or ["no name changed"]:
         print(line)
@@ -80,7 +94,16 @@ def build_and_test() -> None:
         ["cmake", "--preset", "tools"],
         ["cmake", "--build", "--preset", "tools"],
         [python, "benchmarks/architecture_table.py"],
-        [python, "-m", "pytest", "-q", "tests/test_pin.py", "tests/test_build.py", "tests/test_engine.py", "tests/test_architectures.py"],
+        [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "tests/project/test_pin.py",
+            "tests/project/test_build.py",
+            "tests/engine/test_engine.py",
+            "tests/engine/test_architectures.py",
+        ],
     ):
         print("$", " ".join(command), flush=True)
         subprocess.run(command, cwd=ROOT, check=True)
@@ -103,7 +126,9 @@ def write_pin(path: Path, pin: Mapping[str, str]) -> None:
 
 def with_change(changelog: str, pin: Mapping[str, str]) -> str:
     """The changelog with a line for the new pin, under "Unreleased"."""
-    line = f"- llama.cpp is pinned to {pin['COMMIT']} (from the source distribution of {pin['PACKAGE']} {pin['VERSION']})."
+    line = (
+        f"- llama.cpp is pinned to {pin['COMMIT']} (from the source distribution of {pin['PACKAGE']} {pin['VERSION']})."
+    )
     head, found, rest = changelog.partition("## Unreleased\n\n")
     if found:
         return f"{head}{found}{line}\n{rest}"
@@ -124,7 +149,9 @@ def differences(before: source_facts.Facts, after: source_facts.Facts) -> list[s
 
 def download(package: str, version: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary=:all:", "--no-build-isolation"]
-    result = subprocess.run([*command, f"{package}=={version}", "-d", str(folder)], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, f"{package}=={version}", "-d", str(folder)], capture_output=True, text=True, check=False
+    )
     archives = sorted(folder.glob("*.tar.gz"))
     if result.returncode or not archives:
         raise fetch.FetchError(f"could not download {package} {version} with pip: {result.stderr.strip()[-500:]}")
@@ -146,12 +173,17 @@ def commit_of(archive: Path) -> str:
         member = next((tar.getmember(name) for name in (f"{top}/.git/index",) if name in tar.getnames()), None)
         source = tar.extractfile(member) if member else None
         if source is None:
-            raise ValueError(f"{archive.name}: has no .git/index, so the commit of its llama.cpp must be looked up and set by hand")
+            raise ValueError(
+                f"{archive.name}: has no .git/index, so the commit of its llama.cpp must be looked up and set by hand"
+            )
         git = Path(folder) / ".git"
         subprocess.run(["git", "init", "-q", folder], check=True)
         (git / "index").write_bytes(source.read())
         listed = subprocess.run(
-            ["git", "--git-dir", str(git), "ls-files", "-s", "/".join(fetch.SUBTREE)], check=True, capture_output=True, text=True
+            ["git", "--git-dir", str(git), "ls-files", "-s", "/".join(fetch.SUBTREE)],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
     match = re.match(r"160000 ([0-9a-f]{40}) ", listed)
     if match is None:

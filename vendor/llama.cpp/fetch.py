@@ -1,6 +1,8 @@
-"""Fetch the pinned llama.cpp: download (pip), check the hash, unpack aside, rename. Prints the folder of the tree on stdout.
+"""Fetch the pinned llama.cpp: download (pip), check the hash, unpack aside, rename. Prints the folder of the tree on
+stdout.
 
-Two builds at once wait for each other on a lock; an unpacked tree that is whole is reused. Run by llama.cpp.cmake; standard library only.
+Two builds at once wait for each other on a lock; an unpacked tree that is whole is reused. Run by llama.cpp.cmake;
+standard library only.
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ def download(package: str, version: str, sha256: str, folder: Path) -> Path:
         last = result.stderr.strip()
         if "HASHES" in last or "do not match the hashes" in last.lower():
             raise FetchError(
-                f"the downloaded {package} {version} is not the pinned file: its sha256 differs from {sha256}; nothing of it was used"
+                f"the downloaded {package} {version} is not the pinned file: its sha256 differs from {sha256}; nothing"
+                " of it was used"
             )
         time.sleep(2 * attempt)
     reason = next((line for line in reversed(last.splitlines()) if "ERROR" in line), "pip gave no reason")

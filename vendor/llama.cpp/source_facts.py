@@ -1,9 +1,12 @@
-"""What reap relies on in llama.cpp's source, checked by name: nodes of the graph, tensors of the loader, keys of the header.
+"""What reap relies on in llama.cpp's source, checked by name: nodes of the graph, tensors of the loader, keys of the
+header.
 
     python vendor/llama.cpp/source_facts.py TREE
 
-prints a sentence for each thing that a tree names otherwise than reap does, and fails where there is one. tests/test_pin.py runs it on the
-pinned tree, bump.py on the next one. Needs reap's Python half; the native module may be absent.
+prints a sentence for each thing that a tree names otherwise than reap does, and fails where there is one.
+tests/project/test_pin.py runs it on the pinned tree,
+bump.py on the next one. Needs reap's Python half; the native module may
+be absent.
 """
 
 from __future__ import annotations
@@ -25,13 +28,20 @@ EXPERT_TENSORS = {
     *("ffn_gate_inp", "exp_probs_b", "exp_probs_b_vl", "ffn_norm_exps", "ffn_gate_tid2eid"),
 }
 #: Keys of the header that reap reads or patches.
-KEYS = {"expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count", "expert_gating_func", "expert_weights_norm"}
+KEYS = {
+    "expert_count",
+    "expert_used_count",
+    "expert_group_count",
+    "expert_group_used_count",
+    "expert_gating_func",
+    "expert_weights_norm",
+}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Names in a tree. nodes: of the graph. tensors: of a block, as the loader asks for them -> the suffixes that it asks for.
-    keys: of the header, behind the architecture. architectures: as files name them."""
+    """Names in a tree. nodes: of the graph. tensors: of a block, as the loader asks for them -> the suffixes that it
+    asks for. keys: of the header, behind the architecture. architectures: as files name them."""
 
     nodes: frozenset[str]
     tensors: dict[str, frozenset[str]]
@@ -40,7 +50,8 @@ class Facts:
 
 
 def read_facts(tree: Path) -> Facts:
-    """Read with regular expressions, which the pinned tree and those before it follow; nothing found at all is an error."""
+    """Read with regular expressions, which the pinned tree and those before it follow; nothing found at all is an
+    error."""
     source = "\n".join(path.read_text(encoding="utf-8") for path in sorted((tree / "src").rglob("*.cpp")))
     names = (tree / "src" / "llama-arch.cpp").read_text(encoding="utf-8")
     of_constant = dict(re.findall(r'\{\s*(LLM_TENSOR_\w+),\s*"blk\.%d\.([\w.]+)"\s*\}', names))
@@ -56,7 +67,10 @@ def read_facts(tree: Path) -> Facts:
     )
     for what in ("nodes", "tensors", "keys", "architectures"):
         if not getattr(facts, what):
-            raise ValueError(f"{tree}: no {what} found in src/: llama.cpp writes them in another way now, and this script must follow")
+            raise ValueError(
+                f"{tree}: no {what} found in src/: llama.cpp writes them in another way now, and this script must"
+                " follow"
+            )
     return facts
 
 
@@ -83,7 +97,10 @@ def _node_problems(facts: Facts) -> list[str]:
     new = sorted(forms - ours.keys() - NOT_A_FORM)
     return [
         *gone,
-        *(f"llama.cpp's graph has a node {name!r}: ids, a gate or an output that csrc/moe_graph.cpp does not know" for name in new),
+        *(
+            f"llama.cpp's graph has a node {name!r}: ids, a gate or an output that csrc/moe_graph.cpp does not know"
+            for name in new
+        ),
     ]
 
 
@@ -102,7 +119,9 @@ def _tensor_problems(facts: Facts) -> list[str]:
 
 
 def _key_problems(facts: Facts) -> list[str]:
-    return [f"reap reads the key <architecture>.{key}, which llama.cpp no longer has" for key in sorted(KEYS - facts.keys)]
+    return [
+        f"reap reads the key <architecture>.{key}, which llama.cpp no longer has" for key in sorted(KEYS - facts.keys)
+    ]
 
 
 def main() -> int:

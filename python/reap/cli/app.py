@@ -38,11 +38,11 @@ def _print_version(asked: bool) -> None:
 
 
 def _engine_lines() -> list[str]:
-    from reap import _native
-    from reap.engine import backends
+    from reap.engine import native
+    from reap.engine.devices import backends
 
     try:
-        commit = _native.load().__llama_cpp_commit__
+        commit = native.load().__llama_cpp_commit__
         usable = [f"{backend.name} ({backend.library})" for backend in backends() if not backend.problem]
     except ReapError as error:
         return [f"no engine: {error}"]
@@ -53,12 +53,19 @@ def _engine_lines() -> list[str]:
 def reap(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version, llama.cpp's commit and the backends."),
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Show the version, llama.cpp's commit and the backends.",
+        ),
     ] = False,
 ) -> None:
-    """Measure what each expert of a Mixture-of-Experts GGUF model contributes, and remove the ones that contribute least.
+    """Measure what each expert of a Mixture-of-Experts GGUF model contributes, and remove the ones that contribute
+    least.
 
-    [bold]The road.[/bold] Each step leaves a file that a person can read; `reap demo` walks it on a small model that comes along.
+    [bold]The road.[/bold] Each step leaves a file that a person can read; `reap demo` walks it on a small model that
+    comes along.
 
     \b
       reap inspect model.gguf
@@ -67,13 +74,13 @@ def reap(
       reap prune model.gguf --plan plan.json -o small.gguf
       reap evaluate small.gguf heldout.txt
 
-    [bold]Calibration[/bold] is JSON Lines, a line one sample with "text", "prompt" and "response", "messages" or "tokens"; or a .txt file.
-    Evaluate on other text: a pruned model is flattered by what it was measured on.
+    [bold]Calibration[/bold] is JSON Lines, a line one sample with "text", "prompt" and "response", "messages" or
+    "tokens"; or a .txt file. Evaluate on other text: a pruned model is flattered by what it was measured on.
 
     [bold]--keep[/bold] with a point is a fraction (0.5 is half), without one a number of experts (64 is 64).
 
-    [bold]Output.[/bold] Results go to stdout, progress and warnings to stderr; --json prints one JSON document. Files appear whole or
-    not at all.
+    [bold]Output.[/bold] Results go to stdout, progress and warnings to stderr; --json prints one JSON document. Files
+    appear whole or not at all.
 
     [bold]Exit codes.[/bold] 0 done; 1 the work failed; 2 the call was wrong; 130 interrupted (it says what was kept).
 
@@ -84,7 +91,7 @@ def reap(
 _PANELS = {
     "Measure": ("inspect", "profile", "merge", "compare"),
     "Cut": ("plan", "prune"),
-    "Judge": ("evaluate", "sweep", "report", "card"),
+    "PlanEvaluator": ("evaluate", "sweep", "report", "card"),
     "Around it": ("convert", "quantize", "hf", "devices", "rpc-server", "demo"),
 }
 _PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
@@ -97,7 +104,13 @@ for _command, _example in (
     (cutting.plan, "reap plan model.reap.json --keep 0.5 -o plan.json"),
     (cutting.prune, "reap prune model.gguf --plan plan.json -o small.gguf"),
     (measuring.evaluate, "reap evaluate model.gguf heldout.txt --plan plan.json --loops"),
-    (sweeping.sweep, "reap sweep model.gguf model.reap.json heldout.txt --keep 0.75,0.5 --metric reap,frequency,random -o sweep.json"),
+    (
+        sweeping.sweep,
+        (
+            "reap sweep model.gguf model.reap.json heldout.txt --keep 0.75,0.5 --metric reap,frequency,random -o"
+            " sweep.json"
+        ),
+    ),
     (reporting.report, "reap report model.reap.json --plan plan.json --model model.gguf -o report.html"),
     (reporting.card, "reap card small.gguf --source model.gguf --profile model.reap.json -o MODEL_CARD.md"),
     (converting.convert, "reap convert Qwen3-30B-A3B model-f16.gguf"),

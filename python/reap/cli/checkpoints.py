@@ -17,11 +17,17 @@ group = typer.Typer(name="hf", no_args_is_help=True, rich_markup_mode="rich", he
 
 
 def profile(
-    checkpoint_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and *.safetensors.")],
-    calibration: Annotated[list[str], typer.Argument(metavar="CALIBRATION...", help="JSON Lines or text; - is standard input.")],
+    checkpoint_dir: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and *.safetensors.")
+    ],
+    calibration: Annotated[
+        list[str], typer.Argument(metavar="CALIBRATION...", help="JSON Lines or text; - is standard input.")
+    ],
     output: Output,
     ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", help="Tokens of one window.")] = 2048,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Tokens of one pass; as --ctx-size by default.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Tokens of one pass; as --ctx-size by default.")
+    ] = None,
     threads: Annotated[int | None, typer.Option("--threads", "-t", help="Threads of the processor.")] = None,
     device: Annotated[
         str | None, typer.Option("--device", metavar="D", help="cpu, cuda, cuda:1, mps; the best there is by default.")
@@ -30,21 +36,30 @@ def profile(
         str, typer.Option("--dtype", metavar="auto|T", help="float32, bfloat16, float16; auto is the checkpoint's own.")
     ] = "auto",
     device_map: Annotated[
-        str | None, typer.Option("--device-map", metavar="auto|...", help="Let accelerate spread the model over devices.")
+        str | None,
+        typer.Option("--device-map", metavar="auto|...", help="Let accelerate spread the model over devices."),
     ] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise to NF4 on loading, by bitsandbytes.")] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Load one layer at a time, for models larger than memory.")] = False,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Quantise to NF4 on loading, by bitsandbytes.")
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Load one layer at a time, for models larger than memory.")
+    ] = False,
     chat_template: Annotated[
         str, typer.Option("--chat-template", metavar="none|auto|FILE", help="How prompt and response are joined.")
     ] = "none",
     mask: Annotated[str, typer.Option("--mask", metavar="all|response", help="Tokens that are counted.")] = "all",
-    no_parse_special: Annotated[bool, typer.Option("--no-parse-special", help="Read special tokens in texts as plain text.")] = False,
+    no_parse_special: Annotated[
+        bool, typer.Option("--no-parse-special", help="Read special tokens in texts as plain text.")
+    ] = False,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Stop after N tokens.")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Keep what is done in FILE, to go on from.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from --checkpoint.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
+    ] = False,
 ) -> None:
     """Measure what each expert of a checkpoint contributes on a calibration text."""
     check_output(output, checkpoint_dir, *calibration)
@@ -77,18 +92,33 @@ def profile(
 
 
 def prune(
-    checkpoint_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and *.safetensors.")],
+    checkpoint_dir: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and *.safetensors.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    plan: Annotated[Path | None, typer.Option("--plan", metavar="PLAN.json", help="A plan, as `reap plan` writes it.")] = None,
-    profile: Annotated[Path | None, typer.Option("--profile", metavar="PROFILE.json", help="A profile to plan by, with --keep.")] = None,
-    keep: Annotated[str | None, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep, with --profile.")] = None,
-    metric: Annotated[str | None, typer.Option("--metric", help="Score to rank experts by, with --profile; reap by default.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="PLAN.json", help="A plan, as `reap plan` writes it.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="PROFILE.json", help="A profile to plan by, with --keep.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep, with --profile.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="Score to rank experts by, with --profile; reap by default.")
+    ] = None,
     gguf: Annotated[
-        Path | None, typer.Option("--gguf", metavar="MODEL", help="The GGUF file that was profiled: compare its routers first.")
+        Path | None,
+        typer.Option("--gguf", metavar="MODEL", help="The GGUF file that was profiled: compare its routers first."),
     ] = None,
     drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave the prediction (MTP) layers out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say the exact size; write nothing.")] = False,
-    verify: Annotated[str, typer.Option("--verify", metavar="fast|full|none", help="How much of the output to read back.")] = "fast",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say the exact size; write nothing.")
+    ] = False,
+    verify: Annotated[
+        str, typer.Option("--verify", metavar="fast|full|none", help="How much of the output to read back.")
+    ] = "fast",
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that exists.")] = False,
     json: Json = False,
 ) -> None:

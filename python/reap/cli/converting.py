@@ -13,23 +13,33 @@ from reap.cli.show import bytes_text, print_facts, print_json, progress_bar, war
 from reap.errors import UsageError
 
 if TYPE_CHECKING:
-    from reap.quantizer import QuantizeReport
+    from reap.engine.quantize import QuantizeReport
 
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 
 def convert(
-    checkpoint_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and *.safetensors.")],
+    checkpoint_dir: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="A folder with config.json and *.safetensors.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="GGUF file to write.")],
-    outtype: Annotated[str, typer.Option("--outtype", metavar="f32|f16|bf16|q8_0|auto", help="Type of the matrices.")] = "f16",
+    outtype: Annotated[
+        str, typer.Option("--outtype", metavar="f32|f16|bf16|q8_0|auto", help="Type of the matrices.")
+    ] = "f16",
     pre: Annotated[
-        str | None, typer.Option("--pre", metavar="NAME", help="The tokenizer's regular expression, where the converter does not know it.")
+        str | None,
+        typer.Option(
+            "--pre", metavar="NAME", help="The tokenizer's regular expression, where the converter does not know it."
+        ),
     ] = None,
     converter: Annotated[
-        Path | None, typer.Option("--converter", metavar="DIR", help="A llama.cpp source tree to take the converter from.")
+        Path | None,
+        typer.Option("--converter", metavar="DIR", help="A llama.cpp source tree to take the converter from."),
     ] = None,
     no_mtp: Annotated[bool, typer.Option("--no-mtp", help="Leave prediction (MTP) layers out.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
+    ] = False,
     force: Force = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what the converter says.")] = False,
     json: Json = False,
@@ -48,27 +58,45 @@ def convert(
     )
     n_bytes = written.stat().st_size
     if json:
-        return print_json({"source": str(checkpoint_dir), "output": str(written), "outtype": outtype, "n_bytes": n_bytes})
+        return print_json(
+            {"source": str(checkpoint_dir), "output": str(written), "outtype": outtype, "n_bytes": n_bytes}
+        )
     print_facts([("wrote", f"{written} ({n_bytes:,} bytes)")])
 
 
 def quantize(
     model: Annotated[Path, typer.Argument(metavar="IN.gguf", help="A GGUF file; of a split model, any of its files.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="GGUF file to write.")],
-    type: Annotated[str, typer.Argument(metavar="TYPE", help="Q4_K_M, Q8_0, IQ2_XS, MXFP4_MOE and so on, as llama-quantize has them.")],
-    imatrix: Annotated[Path | None, typer.Option("--imatrix", metavar="FILE", help="An importance matrix of this model.")] = None,
+    type: Annotated[
+        str,
+        typer.Argument(metavar="TYPE", help="Q4_K_M, Q8_0, IQ2_XS, MXFP4_MOE and so on, as llama-quantize has them."),
+    ],
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="An importance matrix of this model.")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", metavar="N", help="Threads; the cores that are there by default.")
     ] = None,
-    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Quantise what is quantised already.")] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantise what is quantised already.")
+    ] = False,
     pure: Annotated[bool, typer.Option("--pure", help="Give every matrix the type itself, and no mixture.")] = False,
-    leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Leave output.weight as it is.")] = False,
-    output_tensor_type: Annotated[str | None, typer.Option("--output-tensor-type", metavar="T", help="Type of output.weight.")] = None,
-    token_embedding_type: Annotated[str | None, typer.Option("--token-embedding-type", metavar="T", help="Type of the embedding.")] = None,
-    tensor_type: Annotated[
-        list[str] | None, typer.Option("--tensor-type", metavar="PATTERN=T", help="Type of the tensors that a pattern finds.")
+    leave_output_tensor: Annotated[
+        bool, typer.Option("--leave-output-tensor", help="Leave output.weight as it is.")
+    ] = False,
+    output_tensor_type: Annotated[
+        str | None, typer.Option("--output-tensor-type", metavar="T", help="Type of output.weight.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and foretell the size; write nothing.")] = False,
+    token_embedding_type: Annotated[
+        str | None, typer.Option("--token-embedding-type", metavar="T", help="Type of the embedding.")
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option("--tensor-type", metavar="PATTERN=T", help="Type of the tensors that a pattern finds."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and foretell the size; write nothing.")
+    ] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:

@@ -24,13 +24,13 @@ from reap.cli.options import (
 from reap.cli.show import bytes_text, print_facts, print_json, progress_bar
 from reap.cli.summary import fit_facts, plan_facts, plan_figures
 from reap.errors import UsageError
-from reap.memory import describe_fit
-from reap.wording import ranges_text
+from reap.files.formatting import ranges_text
+from reap.reporting.gpu_fit import describe_fit
 
 if TYPE_CHECKING:  # numpy takes longer to import than a header to read
-    from reap.inspector import ModelInfo
-    from reap.planner import PrunePlan
-    from reap.pruner import PruneReport
+    from reap.gguf.model_info import ModelInfo
+    from reap.pruning.gguf import PruneReport
+    from reap.scores.plan import PrunePlan
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")]
 
@@ -47,9 +47,22 @@ def _model_facts(info: ModelInfo) -> list[tuple[str, object]]:
     facts: list[tuple[str, object]] = [
         ("model", info.name or info.path.name),
         ("architecture", info.architecture),
-        ("size", f"{bytes_text(info.n_bytes)} in {info.n_files} file{'s' * (info.n_files > 1)}, {info.n_parameters:,} parameters"),
+        (
+            "size",
+            (
+                f"{bytes_text(info.n_bytes)} in {info.n_files} file{'s' * (info.n_files > 1)}, {info.n_parameters:,}"
+                " parameters"
+            ),
+        ),
         ("tensor types", ", ".join(f"{count} {name}" for name, count in info.tensor_types.items())),
-        ("layers", f"{info.n_layers}, the last {info.n_prediction_layers} for prediction" if info.n_prediction_layers else info.n_layers),
+        (
+            "layers",
+            (
+                f"{info.n_layers}, the last {info.n_prediction_layers} for prediction"
+                if info.n_prediction_layers
+                else info.n_layers
+            ),
+        ),
         ("context", f"{info.context_length:,} tokens"),
     ]
     if not info.is_moe:
@@ -57,8 +70,17 @@ def _model_facts(info: ModelInfo) -> list[tuple[str, object]]:
     else:
         grouped = f" from {info.n_groups_used} of {info.n_groups} groups" if info.n_groups > 1 else ""
         facts += [
-            ("experts", f"{info.n_experts} in each of {len(info.moe_layers)} layers; a token uses {info.n_experts_used}{grouped}"),
-            ("their size", f"{bytes_text(info.expert_bytes)}, {info.expert_bytes / max(info.n_bytes, 1):.0%} of the file"),
+            (
+                "experts",
+                (
+                    f"{info.n_experts} in each of {len(info.moe_layers)} layers; a token uses"
+                    f" {info.n_experts_used}{grouped}"
+                ),
+            ),
+            (
+                "their size",
+                f"{bytes_text(info.expert_bytes)}, {info.expert_bytes / max(info.n_bytes, 1):.0%} of the file",
+            ),
             ("one expert less", f"saves {bytes_text(info.bytes_per_expert)}"),
         ]
     facts += [("cannot be pruned", reason) for reason in info.refusals]
@@ -89,10 +111,15 @@ def plan(
     ] = None,
     refine: Annotated[
         str | None,
-        typer.Option("--refine", metavar="TIME", help="Try experts near the cut on --model and --text for so long: 90s, 10m, 1.5h."),
+        typer.Option(
+            "--refine",
+            metavar="TIME",
+            help="Try experts near the cut on --model and --text for so long: 90s, 10m, 1.5h.",
+        ),
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option("--text", metavar="TEXT", help="Calibration text for --refine, not the text to judge on.")
+        list[Path] | None,
+        typer.Option("--text", metavar="TEXT", help="Calibration text for --refine, not the text to judge on."),
     ] = None,
     json: Json = False,
     *,
@@ -100,8 +127,8 @@ def plan(
 ) -> None:
     """Choose the experts that each layer keeps.
 
-    With --refine the choice begins with the criterion that does best on --text (or with --metric) and is improved by what the loss says;
-    the engine's options are for that.
+    With --refine the choice begins with the criterion that does best on --text (or with --metric) and is improved by
+    what the loss says; the engine's options are for that.
     """
     if output is not None:
         check_output(output, profile, *(path for path in (model, *(text or ())) if path is not None))
@@ -114,7 +141,9 @@ def plan(
     }
     if refine is not None:
         if model is None or not text:
-            raise UsageError("--refine needs --model MODEL, which is run, and --text TEXT, calibration text to run it on")
+            raise UsageError(
+                "--refine needs --model MODEL, which is run, and --text TEXT, calibration text to run it on"
+            )
         with progress_bar("refining") as progress:
             made = reap.refine(
                 model,
@@ -132,22 +161,28 @@ def plan(
         raise UsageError("--text is for --refine TIME")
     else:
         made = reap.plan(measured, metric=metric or "reap", blend=blend or "sum", **chosen)
-    from reap.pruner import size_after
+    from reap.pruning.gguf import size_after
 
     sizes = None if model is None else (reap.inspect(model).n_bytes, size_after(model, made))
     if output is not None and refine is None:
         made.save(output)
     if json:
-        figures = plan_figures(measured, made) | ({"n_bytes_before": sizes[0], "n_bytes_after": sizes[1]} if sizes else {})
+        figures = plan_figures(measured, made) | (
+            {"n_bytes_before": sizes[0], "n_bytes_after": sizes[1]} if sizes else {}
+        )
         return print_json(made.to_dict() | figures)
     print_facts(_plan_facts(made, output, sizes) + plan_facts(measured, made))
 
 
 def _plan_facts(made: PrunePlan, output: Path | None, sizes: tuple[int, int] | None) -> list[tuple[str, object]]:
-    from reap.planner import router_warning
+    from reap.scores.plan import router_warning
 
     protected = made.options.get("protected") or {}
-    size = f"{bytes_text(sizes[1])} ({sizes[1]:,} bytes), {sizes[1] / max(sizes[0], 1):.1%} of {bytes_text(sizes[0])}" if sizes else None
+    size = (
+        f"{bytes_text(sizes[1])} ({sizes[1]:,} bytes), {sizes[1] / max(sizes[0], 1):.1%} of {bytes_text(sizes[0])}"
+        if sizes
+        else None
+    )
     return [
         ("plan", output),
         ("keeps", f"{made.keep} of {made.n_experts} experts in each of {len(made.layers)} layers, by {made.metric}"),
@@ -164,13 +199,17 @@ def _refinement_facts(record: dict[str, Any] | None) -> list[tuple[str, object]]
     if record is None:
         return []
     done = (
-        f"{record['experts_tried']} experts tried, {record['experts_exchanged']} exchanged in {record['passes']:.1f} passes over "
-        f"{record['windows']} of the text's {record['windows_of_the_text']} windows, {record['seconds']:.0f} s"
+        f"{record['experts_tried']} experts tried, {record['experts_exchanged']} exchanged in {record['passes']:.1f}"
+        f" passes over {record['windows']} of the text's {record['windows_of_the_text']} windows,"
+        f" {record['seconds']:.0f} s"
     )
     measured = [
         (
             what,
-            f"{record[f'{key}_after']:.4g}, by {record['best_criterion']} alone {record[f'{key}_before']:.4g}, on that text",
+            (
+                f"{record[f'{key}_after']:.4g}, by {record['best_criterion']} alone {record[f'{key}_before']:.4g}, on"
+                " that text"
+            ),
         )
         for key, what in (("kl", "divergence"), ("perplexity", "perplexity"))
     ]
@@ -188,7 +227,8 @@ def _super_experts_text(made: PrunePlan, most: int = 12) -> str | None:
     if not found:
         return "none found"
     shown = [
-        f"{item['layer']}:{item['expert']} ({item['ratio']:.0f} times the median norm, {'kept' if item['kept'] else 'REMOVED'})"
+        f"{item['layer']}:{item['expert']} ({item['ratio']:.0f} times the median norm,"
+        f" {'kept' if item['kept'] else 'REMOVED'})"
         for item in found[:most]
     ]
     return ", ".join(shown) + (f" and {len(found) - most} more" if len(found) > most else "")
@@ -197,21 +237,39 @@ def _super_experts_text(made: PrunePlan, most: int = 12) -> str | None:
 def prune(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
-    plan: Annotated[Path | None, typer.Option("--plan", metavar="PLAN.json", help="A plan, as `reap plan` writes it.")] = None,
-    profile: Annotated[Path | None, typer.Option("--profile", metavar="PROFILE.json", help="A profile to plan by, with --keep.")] = None,
-    keep: Annotated[str | None, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep, with --profile.")] = None,
-    metric: Annotated[str | None, typer.Option("--metric", help="Score to rank experts by, with --profile; reap by default.")] = None,
-    hf: Annotated[
-        Path | None, typer.Option("--hf", metavar="HF_DIR", help="The checkpoint that was profiled: compare its routers first.")
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="PLAN.json", help="A plan, as `reap plan` writes it.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and say the exact size; write nothing.")] = False,
-    verify: Annotated[str, typer.Option("--verify", metavar="fast|full|none", help="How much of the output to read back.")] = "fast",
-    name: Annotated[str | None, typer.Option("--name", help="New general.name; nothing else of the metadata changes.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="PROFILE.json", help="A profile to plan by, with --keep.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep, with --profile.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="Score to rank experts by, with --profile; reap by default.")
+    ] = None,
+    hf: Annotated[
+        Path | None,
+        typer.Option("--hf", metavar="HF_DIR", help="The checkpoint that was profiled: compare its routers first."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say the exact size; write nothing.")
+    ] = False,
+    verify: Annotated[
+        str, typer.Option("--verify", metavar="fast|full|none", help="How much of the output to read back.")
+    ] = "fast",
+    name: Annotated[
+        str | None, typer.Option("--name", help="New general.name; nothing else of the metadata changes.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     split_max_size: Annotated[
-        str | None, typer.Option("--split-max-size", metavar="N[K|M|G|T]", help="Most bytes of one file: OUT-00001-of-0000N.gguf.")
+        str | None,
+        typer.Option("--split-max-size", metavar="N[K|M|G|T]", help="Most bytes of one file: OUT-00001-of-0000N.gguf."),
     ] = None,
-    imatrix: Annotated[Path | None, typer.Option("--imatrix", metavar="FILE", help="An importance matrix to cut as well.")] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="An importance matrix to cut as well.")
+    ] = None,
     imatrix_out: Annotated[
         Path | None, typer.Option("--imatrix-out", metavar="FILE", help="Where it goes; OUT.imatrix.gguf by default.")
     ] = None,
@@ -261,10 +319,18 @@ def report_facts(report: PruneReport) -> list[tuple[str, object]]:
         *((wrote, text) for text in _files_text(report)),
         (
             "size",
-            f"{bytes_text(report.n_bytes_after)} ({report.n_bytes_after:,} bytes), {share:.1%} of {bytes_text(report.n_bytes_before)}"
-            f" ({report.n_bytes_before:,} bytes)",
+            (
+                f"{bytes_text(report.n_bytes_after)} ({report.n_bytes_after:,} bytes), {share:.1%} of"
+                f" {bytes_text(report.n_bytes_before)} ({report.n_bytes_before:,} bytes)"
+            ),
         ),
-        ("experts", f"{report.n_experts_after} of {report.n_experts_before} in each of {len(report.kept)} layers, by {report.metric}"),
+        (
+            "experts",
+            (
+                f"{report.n_experts_after} of {report.n_experts_before} in each of {len(report.kept)} layers, by"
+                f" {report.metric}"
+            ),
+        ),
         *(_layer_facts(report) if report.dry_run else ()),
         ("time", f"{report.seconds:.1f} s"),
         *(("note", warning) for warning in report.warnings),
@@ -279,4 +345,7 @@ def _files_text(report: PruneReport) -> list[str]:
 
 def _layer_facts(report: PruneReport) -> list[tuple[str, object]]:
     removed = report.removed
-    return [("", f"layer {layer}: keeps {ranges_text(kept)}; removes {ranges_text(removed[layer])}") for layer, kept in report.kept.items()]
+    return [
+        ("", f"layer {layer}: keeps {ranges_text(kept)}; removes {ranges_text(removed[layer])}")
+        for layer, kept in report.kept.items()
+    ]

@@ -17,21 +17,23 @@ from reap.cli.show import bytes_text, number_text, print_table, progress_bar, sa
 from reap.errors import OutputError, ReapError
 
 if TYPE_CHECKING:
-    from reap.evaluator import Evaluation
-    from reap.scores import Profile
-    from reap.sweep_table import SweepRow
+    from reap.evaluation.result import Evaluation
+    from reap.evaluation.sweep_table import SweepRow
+    from reap.scores.profile import Profile
 
 KEEPS = (0.75, 0.5, 0.25)
 METRICS = ("reap", "frequency", "random")
 DOMAINS = ("python", "c", "english")
 HELDOUT_BYTES = 16_000  # of each domain: ten models are evaluated on all of them within a minute
-# The model is so small that threads mostly wait for each other: on a busy two-core machine two of them took ten times as long as one.
+# The model is so small that threads mostly wait for each other: on a busy two-core machine two of them took ten times
+# as long as one.
 THREADS = 1
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A model and what it predicts how well: what chose its experts, how many there are, and its perplexity by domain."""
+    """A model and what it predicts how well: what chose its experts, how many there are, and its perplexity by
+    domain."""
 
     metric: str
     keep: int
@@ -42,11 +44,17 @@ class _Row:
     @property
     def sweep_rows(self) -> list[SweepRow]:
         """As the rows of a sweep; what was not measured is NaN."""
-        from reap.sweep_table import SweepRow
+        from reap.evaluation.sweep_table import SweepRow
 
         unknown = dict.fromkeys(("kl_mean", "top1", "loss_increase", "loss_increase_stderr"), math.nan)
         seed = 0 if self.metric == "random" else None
-        same: dict[str, Any] = {"metric": self.metric, "seed": seed, "keep": self.keep, "bytes": self.n_bytes, **unknown}
+        same: dict[str, Any] = {
+            "metric": self.metric,
+            "seed": seed,
+            "keep": self.keep,
+            "bytes": self.n_bytes,
+            **unknown,
+        }
         return [
             SweepRow(domain=name, tokens=it.tokens, perplexity=it.perplexity, stderr=it.stderr, **same)
             for name, it in self.evaluations.items()
@@ -86,9 +94,9 @@ class _Files:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the model, the profile and the pruned files.")] = Path(
-        "reap-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for the model, the profile and the pruned files.")
+    ] = Path("reap-demo"),
 ) -> None:
     """Profile, prune, evaluate and report on the small model that comes with reap, in under a minute."""
     started = time.perf_counter()

@@ -13,9 +13,9 @@ from reap.cli.show import bytes_text, number_text, percent_text, print_facts, pr
 from reap.cli.summary import profile_facts
 
 if TYPE_CHECKING:
-    from reap.evaluator import Evaluation
-    from reap.loops import LoopFigures
-    from reap.scores import Profile
+    from reap.evaluation.loops import LoopMetrics
+    from reap.evaluation.result import Evaluation
+    from reap.scores.profile import Profile
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 
@@ -23,13 +23,17 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 @with_engine_options(ctx_size=2048)
 def profile(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
-    calibration: Annotated[list[str], typer.Argument(metavar="CALIBRATION...", help="JSON Lines or text; - is standard input.")],
+    calibration: Annotated[
+        list[str], typer.Argument(metavar="CALIBRATION...", help="JSON Lines or text; - is standard input.")
+    ],
     output: Output,
     chat_template: Annotated[
         str, typer.Option("--chat-template", metavar="none|auto|FILE", help="How prompt and response are joined.")
     ] = "none",
     mask: Annotated[str, typer.Option("--mask", metavar="all|response", help="Tokens that are counted.")] = "all",
-    no_parse_special: Annotated[bool, typer.Option("--no-parse-special", help="Read special tokens in texts as plain text.")] = False,
+    no_parse_special: Annotated[
+        bool, typer.Option("--no-parse-special", help="Read special tokens in texts as plain text.")
+    ] = False,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Stop after N tokens.")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Keep what is done in FILE, to go on from.")
@@ -68,8 +72,21 @@ def print_profile(measured: Profile, output: Path) -> None:
         [
             ("profile", output),
             ("experts", f"{measured.n_experts} in each of {measured.n_layers} layers"),
-            ("tokens", f"{record.get('tokens', 0):,} of {record.get('samples', 0):,} samples in {record.get('windows', 0):,} windows"),
-            ("skipped", f"{record['skipped']:,} samples: {', '.join(record['skipped_lines'][:3])}" if record.get("skipped") else None),
+            (
+                "tokens",
+                (
+                    f"{record.get('tokens', 0):,} of {record.get('samples', 0):,} samples in"
+                    f" {record.get('windows', 0):,} windows"
+                ),
+            ),
+            (
+                "skipped",
+                (
+                    f"{record['skipped']:,} samples: {', '.join(record['skipped_lines'][:3])}"
+                    if record.get("skipped")
+                    else None
+                ),
+            ),
             ("failed", f"{len(failed):,} samples: {'; '.join(failed[:3])}" if failed else None),
             ("domains", ", ".join(measured.domains) or None),
             *profile_facts(measured),
@@ -91,10 +108,14 @@ def merge(
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A.json", help="A profile.")],
     b: Annotated[Path, typer.Argument(metavar="B.json", help="Another profile of the same model.")],
-    keep: Annotated[str, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep: 0.5 is half, 64 is 64.")] = "0.5",
+    keep: Annotated[
+        str, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep: 0.5 is half, 64 is 64.")
+    ] = "0.5",
     metric: Metric = "reap",
     seed: Seed = 0,
-    html: Annotated[Path | None, typer.Option("--html", "-o", metavar="FILE", help="Write a page of it as well.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", "-o", metavar="FILE", help="Write a page of it as well.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say how far two profiles agree: rank correlation, and overlap of the experts they would keep."""
@@ -105,7 +126,10 @@ def compare(
         reap.comparison_report(a, b, html, keep=parse_keep(keep), metric=metric, seed=seed)
     if json:
         return print_json(result.to_dict())
-    rows = [(layer.layer, number_text(layer.spearman), number_text(layer.overlap), number_text(layer.jaccard)) for layer in result.layers]
+    rows = [
+        (layer.layer, number_text(layer.spearman), number_text(layer.overlap), number_text(layer.jaccard))
+        for layer in result.layers
+    ]
     mean = ("mean", number_text(result.spearman), number_text(result.overlap), number_text(result.jaccard))
     print_table(["layer", "rank correlation", f"overlap of {result.keep} kept", "Jaccard"], [*rows, mean])
 
@@ -114,15 +138,22 @@ def compare(
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
     text: Annotated[
-        list[Path], typer.Argument(metavar="TEXT...", help="Held-out text, or JSON Lines with domains; of several files each is a domain.")
+        list[Path],
+        typer.Argument(
+            metavar="TEXT...", help="Held-out text, or JSON Lines with domains; of several files each is a domain."
+        ),
     ],
     reference: Annotated[
-        Path | None, typer.Option("--reference", metavar="MODEL", help="Compare with this model, the one before pruning say.")
+        Path | None,
+        typer.Option("--reference", metavar="MODEL", help="Compare with this model, the one before pruning say."),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option("--plan", metavar="PLAN.json", help="Evaluate as if MODEL were pruned so; nothing is written.")
+        Path | None,
+        typer.Option("--plan", metavar="PLAN.json", help="Evaluate as if MODEL were pruned so; nothing is written."),
     ] = None,
-    loops: Annotated[bool, typer.Option("--loops", help="Let the model continue a few prompts, and look for repetition.")] = False,
+    loops: Annotated[
+        bool, typer.Option("--loops", help="Let the model continue a few prompts, and look for repetition.")
+    ] = False,
     json: Json = False,
     *,
     engine: dict[str, Any],
@@ -130,7 +161,13 @@ def evaluate(
     """Measure how well a model predicts a text, and how far it agrees with another."""
     with progress_bar("evaluating") as progress:
         result = reap.evaluate(
-            model, text if len(text) > 1 else text[0], reference=reference, plan=plan, loops=loops, progress=progress, **engine
+            model,
+            text if len(text) > 1 else text[0],
+            reference=reference,
+            plan=plan,
+            loops=loops,
+            progress=progress,
+            **engine,
         )
     if json:
         return print_json(result.to_dict())
@@ -142,10 +179,23 @@ def print_evaluation(result: Evaluation) -> None:
     facts: list[tuple[str, object]] = [
         ("perplexity", f"{result.perplexity:.4f} ± {number_text(result.stderr)}"),
         ("tokens", f"{result.tokens:,} scored in {result.windows} windows of {result.ctx_size}"),
-        ("experts", f"{result.plan['keep']} of {result.plan['n_experts']} ({result.plan['metric']}), virtually" if result.plan else None),
+        (
+            "experts",
+            (
+                f"{result.plan['keep']} of {result.plan['n_experts']} ({result.plan['metric']}), virtually"
+                if result.plan
+                else None
+            ),
+        ),
     ]
     if result.perplexity_ratio is not None:
-        quantiles = ((50, result.kl_median), (90, result.kl_p90), (95, result.kl_p95), (99, result.kl_p99), (100, result.kl_max))
+        quantiles = (
+            (50, result.kl_median),
+            (90, result.kl_p90),
+            (95, result.kl_p95),
+            (99, result.kl_p99),
+            (100, result.kl_max),
+        )
         facts += [
             ("reference", f"{result.reference}, perplexity {number_text(result.reference_perplexity)}"),
             ("perplexity ratio", f"{result.perplexity_ratio:.4f} ± {number_text(result.ratio_stderr)}"),
@@ -161,7 +211,8 @@ def print_evaluation(result: Evaluation) -> None:
     if result.domains:
         columns = ["domain", "tokens", "perplexity", "ratio", "mean KL", "same top token", "halved"]
         rows = [
-            (name, f"{found.tokens:,}", f"{found.perplexity:.4f}", number_text(found.perplexity_ratio), number_text(found.kl_mean),
+            (name, f"{found.tokens:,}", f"{found.perplexity:.4f}", number_text(found.perplexity_ratio),
+            number_text(found.kl_mean),
              percent_text(found.top1), percent_text(found.halved))
             for name, found in result.domains.items()
         ]  # fmt: skip
@@ -169,7 +220,7 @@ def print_evaluation(result: Evaluation) -> None:
     say(result.meaning)
 
 
-def _loop_facts(loops: LoopFigures) -> list[tuple[str, object]]:
+def _loop_facts(loops: LoopMetrics) -> list[tuple[str, object]]:
     def beside(value: float, reference: float | None) -> str:
         return percent_text(value) + ("" if reference is None else f" (reference {percent_text(reference)})")
 
@@ -183,17 +234,20 @@ def _loop_facts(loops: LoopFigures) -> list[tuple[str, object]]:
 
 def devices(json: Json = False) -> None:
     """List the devices that can run a model."""
-    from reap.engine import backends
-    from reap.engine import devices as list_devices
+    from reap.engine.devices import backends
+    from reap.engine.devices import devices as list_devices
 
     found = list_devices()
-    unused = [f"{backend.name} is installed and not used: {backend.problem}" for backend in backends() if backend.problem]
+    unused = [
+        f"{backend.name} is installed and not used: {backend.problem}" for backend in backends() if backend.problem
+    ]
     if json:
         for line in unused:
             typer.echo(line, err=True)
         return print_json([device.to_dict() for device in found])
     rows = [
-        (device.name, device.kind, device.description, bytes_text(device.memory_free), bytes_text(device.memory_total)) for device in found
+        (device.name, device.kind, device.description, bytes_text(device.memory_free), bytes_text(device.memory_total))
+        for device in found
     ]
     print_table(["device", "kind", "what it is", "free", "memory"], rows)
     for line in unused:
@@ -203,18 +257,24 @@ def devices(json: Json = False) -> None:
 def rpc_server(
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen at.")] = 50052,
-    threads: Annotated[int | None, typer.Option("--threads", "-t", metavar="N", help="Threads of the processor.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", "-t", metavar="N", help="Threads of the processor.")
+    ] = None,
 ) -> None:
     """Lend this machine's devices to a `reap profile --rpc` elsewhere.
 
-    The protocol has no password and trusts whoever connects: keep it on this machine, or inside a network that you trust.
+    The protocol has no password and trusts whoever connects: keep it on this machine, or inside a network that you
+    trust.
     """
     import signal
 
-    from reap.engine import serve_rpc
+    from reap.engine.devices import serve_rpc
 
     if not host.startswith("127.") and host not in ("localhost", "::1"):
-        say(f"warning: whoever can reach {host}:{port} can use and read this process; listen on a network that you trust alone")
+        say(
+            f"warning: whoever can reach {host}:{port} can use and read this process; listen on a network that you"
+            " trust alone"
+        )
     say(f"serving at {host}:{port}; Ctrl-C ends it")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the engine's loop knows no Python
     serve_rpc(host, port, threads)

@@ -14,15 +14,23 @@ import typer
 from reap.errors import UsageError
 
 if TYPE_CHECKING:
-    from reap.ranking import Keep
+    from reap.scores.ranking import Keep
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-METRIC_HELP = "Score to rank experts by: reap, weighted_ean_sum, ean_sum, ean_mean, frequency, gate_sum, reap_l2, random."
+METRIC_HELP = (
+    "Score to rank experts by: reap, weighted_ean_sum, ean_sum, ean_mean, frequency, gate_sum, reap_l2, random."
+)
 Metric = Annotated[str, typer.Option("--metric", help=METRIC_HELP)]
-KeepText = Annotated[str, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep: 0.5 is half of them, 64 is 64 of them.")]
-Protect = Annotated[list[str] | None, typer.Option("--protect", metavar="LAYER:ID,...", help="Experts to keep whatever their score.")]
+KeepText = Annotated[
+    str, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep: 0.5 is half of them, 64 is 64 of them.")
+]
+Protect = Annotated[
+    list[str] | None, typer.Option("--protect", metavar="LAYER:ID,...", help="Experts to keep whatever their score.")
+]
 SuperExperts = Annotated[bool, typer.Option("--super-experts", help="Protect experts with an outlying output as well.")]
-BLEND = typer.Option("--blend", metavar="sum|maxmin", help="All tokens together, or the worst-served domain first; sum by default.")
+BLEND = typer.Option(
+    "--blend", metavar="sum|maxmin", help="All tokens together, or the worst-served domain first; sum by default."
+)
 Blend = Annotated[str, BLEND]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the metric random.")]
 
@@ -32,7 +40,9 @@ def parse_keep(text: str) -> Keep:
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
-        raise UsageError(f"--keep should be a number of experts (64) or a fraction with a point (0.5), found {text!r}") from None
+        raise UsageError(
+            f"--keep should be a number of experts (64) or a fraction with a point (0.5), found {text!r}"
+        ) from None
 
 
 _TIME = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([smh]?)", re.ASCII)
@@ -76,13 +86,25 @@ def check_output(output: Path, *sources: Path | str) -> None:
 # ---- the engine's options, which every command that runs a model has
 
 _ENGINE: dict[str, tuple[Any, Any]] = {
-    "batch_size": (int | None, typer.Option("--batch-size", "-b", help="Tokens of one decode; as --ubatch-size by default.")),
+    "batch_size": (
+        int | None,
+        typer.Option("--batch-size", "-b", help="Tokens of one decode; as --ubatch-size by default."),
+    ),
     "ubatch_size": (int, typer.Option("--ubatch-size", "-ub", help="Tokens of one pass through the graph.")),
     "threads": (int | None, typer.Option("--threads", "-t", help="Threads; the cores that are there by default.")),
     "gpu_layers": (int, typer.Option("--gpu-layers", "-ngl", help="Layers on the device; -1 is all.")),
-    "device": (list[str] | None, typer.Option("--device", metavar="D", help="Devices to use, as `reap devices` names them.")),
-    "override_tensor": (list[str] | None, typer.Option("--override-tensor", "-ot", metavar="P=D", help="Tensors to place elsewhere.")),
-    "rpc": (list[str] | None, typer.Option("--rpc", metavar="HOST:PORT", help="Servers that compute for this machine.")),
+    "device": (
+        list[str] | None,
+        typer.Option("--device", metavar="D", help="Devices to use, as `reap devices` names them."),
+    ),
+    "override_tensor": (
+        list[str] | None,
+        typer.Option("--override-tensor", "-ot", metavar="P=D", help="Tensors to place elsewhere."),
+    ),
+    "rpc": (
+        list[str] | None,
+        typer.Option("--rpc", metavar="HOST:PORT", help="Servers that compute for this machine."),
+    ),
     "type_k": (str, typer.Option("--type-k", "-ctk", help="Type of the K cache.")),
     "type_v": (str, typer.Option("--type-v", "-ctv", help="Type of the V cache.")),
     "flash_attn": (str, typer.Option("--flash-attn", "-fa", metavar="auto|on|off", help="Flash attention.")),
@@ -107,7 +129,9 @@ def with_engine_options(ctx_size: int) -> Callable[[Callable[..., None]], Callab
         hints = {name: Annotated[kind, option] for name, (kind, option) in options.items()}
         own = typing.get_type_hints(command, include_extras=True)
         parameters = [
-            parameter.replace(annotation=own[name]) for name, parameter in inspect.signature(command).parameters.items() if name != "engine"
+            parameter.replace(annotation=own[name])
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name != "engine"
         ]
         parameters += [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=hint)

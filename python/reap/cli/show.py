@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
+from reap.files.formatting import bytes_text as bytes_text
 from reap.progress import Progress as Step
 from reap.progress import ProgressCallback
-from reap.wording import bytes_text as bytes_text
 
 _PIPE_WIDTH = 200  # rich would cut tables at 80 columns where nobody looks at a screen
 
@@ -105,7 +105,14 @@ def progress_bar(what: str) -> Iterator[ProgressCallback | None]:
     if not stderr.is_terminal:
         yield None
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Count(), _Speed(), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        _Count(),
+        _Speed(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=None, unit="tokens")
 

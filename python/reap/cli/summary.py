@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from reap.memory import describe_fit
-from reap.wording import bytes_text
+from reap.files.formatting import bytes_text
+from reap.reporting.gpu_fit import describe_fit
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from reap.inspector import ModelInfo
-    from reap.planner import PrunePlan
-    from reap.scores import Floats, Profile
+    from reap.gguf.model_info import ModelInfo
+    from reap.scores.plan import PrunePlan
+    from reap.scores.profile import Profile
+    from reap.scores.records import Floats
 
 Facts = list[tuple[str, object]]
 _MOST_NAMED = 5
@@ -20,22 +21,29 @@ _MOST_NAMED = 5
 
 def profile_facts(profile: Profile) -> Facts:
     """Load, inequality, rarely seen experts, super experts, and what half of the experts would keep."""
-    from reap.planner import super_experts
-    from reap.summaries import FEW_TOKENS, busiest_share, effective_experts, gini, mean_of
+    from reap.scores.plan import super_experts
+    from reap.scores.statistics import FEW_TOKENS, busiest_share, effective_experts, gini, mean_of
 
     counts = profile.counts
     load = gini(counts)
     few = int(((counts > 0) & (counts < FEW_TOKENS)).sum())
     found = super_experts(profile) if profile.trusted else None
-    named = ", ".join(f"{item.layer}:{item.expert} ({item.ratio:.0f} times the median norm)" for item in (found or ())[:_MOST_NAMED])
+    named = ", ".join(
+        f"{item.layer}:{item.expert} ({item.ratio:.0f} times the median norm)" for item in (found or ())[:_MOST_NAMED]
+    )
     return [
         ("never routed to", _never_text(profile)),
-        ("rarely routed to", f"{few:,} of them, with fewer than {FEW_TOKENS} tokens: their means say little" if few else None),
+        (
+            "rarely routed to",
+            f"{few:,} of them, with fewer than {FEW_TOKENS} tokens: their means say little" if few else None,
+        ),
         (
             "load",
-            f"Gini {_range_text(load, profile, '.2f')}; {mean_of(effective_experts(counts)):.3g} of {profile.n_experts} "
-            "experts effectively in use,"
-            f" the busiest tenth gets {mean_of(busiest_share(counts)):.0%}",
+            (
+                f"Gini {_range_text(load, profile, '.2f')}; {mean_of(effective_experts(counts)):.3g} of"
+                f" {profile.n_experts} experts effectively in use, the busiest tenth gets"
+                f" {mean_of(busiest_share(counts)):.0%}"
+            ),
         ),
         ("scores", f"Gini of reap {_range_text(gini(profile.score()), profile, '.2f')}"),
         ("super experts", None if found is None else named + _more(len(found)) or "none found"),
@@ -52,20 +60,28 @@ def _never_text(profile: Profile) -> str:
     total = f"{int(never.sum()):,} of {profile.counts.size:,} experts"
     if not never.any():
         return total
-    worst = [f"{int(never[row])} in layer {int(profile.layers[row])}" for row in (-never).argsort(kind="stable")[:3] if never[row]]
+    worst = [
+        f"{int(never[row])} in layer {int(profile.layers[row])}"
+        for row in (-never).argsort(kind="stable")[:3]
+        if never[row]
+    ]
     return f"{total}; most: {', '.join(worst)}"
 
 
 def _half_text(profile: Profile) -> str | None:
-    from reap.summaries import plan_of_half
+    from reap.scores.statistics import plan_of_half
 
     half = plan_of_half(profile)
-    return f"{half.keep} of {profile.n_experts} experts would keep {kept_text(profile, half)}" if half.keep < profile.n_experts else None
+    return (
+        f"{half.keep} of {profile.n_experts} experts would keep {kept_text(profile, half)}"
+        if half.keep < profile.n_experts
+        else None
+    )
 
 
 def kept_text(profile: Profile, plan: PrunePlan) -> str:
     """Share of Σ g·‖f‖ that a plan keeps, against chance."""
-    from reap.summaries import kept_mask, kept_share, mean_of, random_share
+    from reap.scores.statistics import kept_mask, kept_share, mean_of, random_share
 
     kept = kept_share(profile.gated_norm_sum, kept_mask(profile, plan.layers))
     mean, deviation = random_share(profile.gated_norm_sum, plan.keep, profile.n_groups)
@@ -74,7 +90,7 @@ def kept_text(profile: Profile, plan: PrunePlan) -> str:
 
 def plan_facts(profile: Profile, plan: PrunePlan) -> Facts:
     """What the plan keeps against chance, in all, by stretch of layers and by domain; the gap at the cut."""
-    from reap.summaries import find_cut, kept_mask, kept_share, known_metrics, mean_of
+    from reap.scores.statistics import find_cut, kept_mask, kept_share, known_metrics, mean_of
 
     if plan.keep == profile.n_experts:
         return []
@@ -84,7 +100,10 @@ def plan_facts(profile: Profile, plan: PrunePlan) -> Facts:
     if plan.metric in known_metrics(profile) and plan.metric != "random":
         gap = find_cut(profile.score(plan.metric), mask).gap
         facts.append(
-            ("gap at the cut", f"{_range_text(gap, profile, '.1%')} of the lowest kept score; near 0 the choice there is arbitrary")
+            (
+                "gap at the cut",
+                f"{_range_text(gap, profile, '.1%')} of the lowest kept score; near 0 the choice there is arbitrary",
+            )
         )
     shares = {name: mean_of(kept_share(part.gated_norm_sum, mask)) for name, part in profile.parts.items()}
     if len(shares) > 1:
@@ -95,7 +114,7 @@ def plan_facts(profile: Profile, plan: PrunePlan) -> Facts:
 
 def plan_figures(profile: Profile, plan: PrunePlan) -> dict[str, object]:
     """The same for --json: the kept share of Σ g·‖f‖ by layer, and what a blind choice keeps on average."""
-    from reap.summaries import kept_mask, kept_share, mean_of, random_share
+    from reap.scores.statistics import kept_mask, kept_share, mean_of, random_share
 
     kept = kept_share(profile.gated_norm_sum, kept_mask(profile, plan.layers))
     blind = mean_of(random_share(profile.gated_norm_sum, plan.keep, profile.n_groups)[0])
@@ -112,13 +131,15 @@ def _stretches(values: Floats, layers: np.ndarray[tuple[int, ...], np.dtype[np.i
     parts = np.array_split(np.arange(len(layers)), min(4, len(layers)))
     names = [f"{layers[part[0]]}" if len(part) == 1 else f"{layers[part[0]]}-{layers[part[-1]]}" for part in parts]
     return ", ".join(
-        f"{name}: {np.nanmean(values[part]):.0%}" for name, part in zip(names, parts, strict=True) if np.isfinite(values[part]).any()
+        f"{name}: {np.nanmean(values[part]):.0%}"
+        for name, part in zip(names, parts, strict=True)
+        if np.isfinite(values[part]).any()
     )
 
 
 def _range_text(values: Floats, profile: Profile, form: str) -> str:
     """0.48 (0.43 in layer 3 to 0.56 in layer 0)."""
-    from reap.summaries import highest_of, lowest_of, mean_of
+    from reap.scores.statistics import highest_of, lowest_of, mean_of
 
     low, high = lowest_of(values, profile.layers), highest_of(values, profile.layers)
     if low is None or high is None:

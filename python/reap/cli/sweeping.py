@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import reap
-from reap.cli.options import Blend, Json, Protect, SuperExperts, check_output, parse_keep, split_list, with_engine_options
+from reap.cli.options import (
+    Blend,
+    Json,
+    Protect,
+    SuperExperts,
+    check_output,
+    parse_keep,
+    split_list,
+    with_engine_options,
+)
 from reap.cli.show import bytes_text, console, number_text, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from reap.sweep_table import Sweep, SweepRow, Verdict
+    from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict
 
 MARKS = "oxv+#*%@&$"
 CURVE_HEIGHT = 14
@@ -25,33 +34,46 @@ CURVE_WIDTH = 64
 def sweep(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
     profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it.")],
-    text: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Held-out text; of several files each is a domain.")],
+    text: Annotated[
+        list[Path], typer.Argument(metavar="TEXT...", help="Held-out text; of several files each is a domain.")
+    ],
     keep: Annotated[
-        list[str] | None, typer.Option("--keep", metavar="N|FRACTION,...", help="Experts to keep; 0.75,0.5,0.25 by default.")
+        list[str] | None,
+        typer.Option("--keep", metavar="N|FRACTION,...", help="Experts to keep; 0.75,0.5,0.25 by default."),
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", metavar="NAME,...", help="Scores to compare; reap,frequency,weighted_ean_sum,random by default."),
+        typer.Option(
+            "--metric", metavar="NAME,...", help="Scores to compare; reap,frequency,weighted_ean_sum,random by default."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Selections of the metric random.")] = 1,
     plan: Annotated[
         list[Path] | None, typer.Option("--plan", metavar="PLAN.json", help="A plan to judge as well; may be repeated.")
     ] = None,
     target_size: Annotated[
-        str | None, typer.Option("--target-size", metavar="N[K|M|G|T]", help="Also find what fits: the most experts in so many bytes.")
+        str | None,
+        typer.Option(
+            "--target-size", metavar="N[K|M|G|T]", help="Also find what fits: the most experts in so many bytes."
+        ),
     ] = None,
     max_ppl_increase: Annotated[
-        str | None, typer.Option("--max-ppl-increase", metavar="5%", help="Also find the fewest experts at which perplexity rises no more.")
+        str | None,
+        typer.Option(
+            "--max-ppl-increase", metavar="5%", help="Also find the fewest experts at which perplexity rises no more."
+        ),
     ] = None,
     protect: Protect = None,
     super_experts: SuperExperts = False,
     blend: Blend = "sum",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; holds the rows so far while it runs.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; holds the rows so far while it runs.")
+    ] = None,
     json: Json = False,
     *,
     engine: dict[str, Any],
 ) -> None:
-    """Judge many sizes and criteria on held-out text, without writing a model; the weights are loaded once."""
+    """PlanEvaluator many sizes and criteria on held-out text, without writing a model; the weights are loaded once."""
     if output is not None:
         check_output(output, model, profile, *text, *(plan or ()))
     with progress_bar("sweeping") as progress:
@@ -87,7 +109,10 @@ def print_sweep(table: Sweep) -> None:
     )
     if table.domains:
         by_candidate = zip(*(table.select(domain=domain) for domain in table.domains), strict=True)
-        rows = [(_name(row[0]), row[0].keep, *(f"{number_text(part.perplexity)} {_rise(part)}" for part in row)) for row in by_candidate]
+        rows = [
+            (_name(row[0]), row[0].keep, *(f"{number_text(part.perplexity)} {_rise(part)}" for part in row))
+            for row in by_candidate
+        ]
         print_table(["by", "experts", *table.domains], rows, title="perplexity on each domain, and its rise")
     say("")
     console().print("\n".join(curve(table)), soft_wrap=True)
@@ -95,8 +120,9 @@ def print_sweep(table: Sweep) -> None:
     for line in (*verdict_lines(table), *target_lines(table)):
         say(line)
     say(
-        "\nPerplexity ± its standard error. The rise is against the model with all experts, on the same tokens, so its error is smaller. "
-        "KL: how far the predictions are from that model's, in nats a token; top-1: how often both hold the same token most probable."
+        "\nPerplexity ± its standard error. The rise is against the model with all experts, on the same tokens, so its"
+        " error is smaller. KL: how far the predictions are from that model's, in nats a token; top-1: how often both"
+        " hold the same token most probable."
     )
 
 
@@ -139,7 +165,10 @@ def _verdict_line(verdict: Verdict) -> str:
     numbers = f"with {verdict.runner_up}, the next, perplexity is {ratio - 1:.2%} ± {ratio * verdict.spread:.2%} higher"
     if verdict.clear:
         return f"{verdict.keep} experts{where}: {verdict.metric} is best; {numbers}."
-    return f"{verdict.keep} experts{where}: no clear winner; {verdict.metric} comes first, but {numbers}, which may be chance."
+    return (
+        f"{verdict.keep} experts{where}: no clear winner; {verdict.metric} comes first, but {numbers}, which may be"
+        " chance."
+    )
 
 
 def target_lines(table: Sweep) -> Iterator[str]:
@@ -149,14 +178,18 @@ def target_lines(table: Sweep) -> Iterator[str]:
         if target.kind == "size":
             yield f"Within {bytes_text(int(target.limit))}: {what}, perplexity {number_text(target.perplexity)}."
         else:
-            yield f"Perplexity at most {100 * target.limit:g} % higher: {what}, perplexity {number_text(target.perplexity)}."
+            yield (
+                f"Perplexity at most {100 * target.limit:g} % higher: {what}, perplexity"
+                f" {number_text(target.perplexity)}."
+            )
 
 
 # ---- the curve
 
 
 def curve(table: Sweep, width: int = CURVE_WIDTH, height: int = CURVE_HEIGHT) -> list[str]:
-    """Perplexity (logarithmic) against size in plain characters, a mark for each criterion; "=" is the model as it is."""
+    """Perplexity (logarithmic) against size in plain characters, a mark for each criterion; "=" is the model as it
+    is."""
     rows = [row for row in table.select() if math.isfinite(row.perplexity) and row.perplexity > 0]
     marks = {metric: MARKS[index % len(MARKS)] for index, metric in enumerate(table.metrics)} | {"baseline": "="}
     sizes = [row.bytes for row in rows]

@@ -38,7 +38,9 @@ _OTHER_FAMILIES = (
     r"(?!.*exp)(attn|ssm|time_mix|channel_mix|hc|ple|altup|laurel|vis|indexer|shortconv|nextn|layer|post|pre|inp|proj)"
     r"([_.].+)?"
 )
-_DENSE_FFN = r"(?!.*exp)ffn(\.act|(_pre|_post|_sub)?_norm(_\d)?|_(gate|up|down|act|res_score|conv_base|conv_proj))(\.[a-z_]+)?"
+_DENSE_FFN = (
+    r"(?!.*exp)ffn(\.act|(_pre|_post|_sub)?_norm(_\d)?|_(gate|up|down|act|res_score|conv_base|conv_proj))(\.[a-z_]+)?"
+)
 
 #: The first pattern that matches a whole name decides.
 RULES: tuple[Rule, ...] = (
@@ -49,7 +51,8 @@ RULES: tuple[Rule, ...] = (
     Rule(r"ffn_gate_inp\.weight", Role.CUT, 2),
     Rule(r"ffn_gate_inp\.bias", Role.CUT, 1),
     Rule(r"exp_probs_b(_vl)?(\.bias|\.weight)?", Role.CUT, 1),
-    # expert-like names without an expert axis: shared experts, latent projections, Arctic's norm, Gemma-4's [n_embd] scale
+    # expert-like names without an expert axis: shared experts, latent projections, Arctic's norm, Gemma-4's [n_embd]
+    # scale
     Rule(r"ffn_(gate|up|down|gate_up|gate_inp)_shexp\..+", Role.KEEP),
     Rule(r"ffn_norm_exps\..+", Role.KEEP),
     Rule(r"ffn_gate_inp\.scale", Role.KEEP),
@@ -58,24 +61,36 @@ RULES: tuple[Rule, ...] = (
     Rule(_OTHER_FAMILIES, Role.KEEP),
     Rule(_DENSE_FFN, Role.KEEP),
     # experts in forms that rows cannot express
-    Rule(r"ffn_(gate|up|down)_chexps\..+", Role.REFUSE, reason="one chunk expert serves a whole group of experts (GroveMoE)"),
-    # a token's removed expert has no successor: another in its place adds an output that was never there, and with a gate that
-    # the router was never trained to give it; leaving the place empty is not something the table can say
+    Rule(
+        r"ffn_(gate|up|down)_chexps\..+",
+        Role.REFUSE,
+        reason="one chunk expert serves a whole group of experts (GroveMoE)",
+    ),
+    # a token's removed expert has no successor: another in its place adds an output that was never there, and with a
+    # gate that the router was never trained to give it; leaving the place empty is not something the table can say
     Rule(
         r"ffn_gate_tid2eid(\..+)?",
         Role.REFUSE,
         reason="it gives each token its experts by number, and has no number for none (hash routing)",
     ),
-    Rule(r"ffn_(gate|up|down)\.\d+\.weight", Role.REFUSE, reason="each expert is a tensor of its own; convert the model again"),
+    Rule(
+        r"ffn_(gate|up|down)\.\d+\.weight",
+        Role.REFUSE,
+        reason="each expert is a tensor of its own; convert the model again",
+    ),
 )
 
-#: Architectures whose experts llama.cpp runs in a way that can be neither measured nor cut -> why. Read in its src/models/*.cpp.
+#: Architectures whose experts llama.cpp runs in a way that can be neither measured nor cut -> why. Read in its
+#: src/models/*.cpp.
 UNSUPPORTED: Mapping[str, str] = {
-    # build_moe_ffn divides the chosen ids by the group size before it looks up their gates: group c gets the gate of expert c.
-    # So its output depends on how experts are numbered, and no choice of whole groups gives a file that computes the same.
-    # Tried: the groups of a small model in another order, everything renumbered with them, and the logits are others altogether.
-    "grovemoe": "llama.cpp runs a second set of experts (ffn_*_chexps) for groups of the first, under the same names, and gives group c the"
-    " gate of expert c: removing experts would give the groups other gates",
+    # build_moe_ffn divides the chosen ids by the group size before it looks up their gates: group c gets the gate of
+    # expert c. So its output depends on how experts are numbered, and no choice of whole groups gives a file that
+    # computes the same. Tried: the groups of a small model in another order, everything renumbered with them, and the
+    # logits are others altogether.
+    "grovemoe": (
+        "llama.cpp runs a second set of experts (ffn_*_chexps) for groups of the first, under the same names, and gives"
+        " group c the gate of expert c: removing experts would give the groups other gates"
+    ),
     "refact": "llama.cpp loads experts for this architecture, but its graph never runs them",
 }
 
@@ -140,7 +155,8 @@ def read_architecture(model: GGUFModel) -> str:
 
 
 def read_text(model: GGUFModel, key: str) -> str | None:
-    """A metadata string, or None if the key is missing or holds something else. Raises FormatError for one of more than 64 KiB."""
+    """A metadata string, or None if the key is missing or holds something else. Raises FormatError for one of more than
+    64 KiB."""
     found = model.metadata.get(key)
     if found is not None and found.type == ValueType.STRING and found.n_bytes > _MAX_TEXT_BYTES:
         raise FormatError(f"{model.path}: {key} is {found.n_bytes:,} bytes long, expected at most {_MAX_TEXT_BYTES:,}")
@@ -162,7 +178,9 @@ def read_layout(model: GGUFModel) -> ExpertLayout:
     architecture = read_architecture(model)
     n_experts = read_count(model, f"{architecture}.expert_count")
     if n_experts > MAX_EXPERTS:
-        raise FormatError(f"{model.path}: {architecture}.expert_count is {n_experts:,}, expected at most {MAX_EXPERTS:,}")
+        raise FormatError(
+            f"{model.path}: {architecture}.expert_count is {n_experts:,}, expected at most {MAX_EXPERTS:,}"
+        )
     blocks = _blocks(model)
     moe = [layer for layer in sorted(blocks) if _is_moe(blocks[layer])]
     if moe and n_experts == 0:
@@ -200,7 +218,9 @@ def _check_axis(model: GGUFModel, tensor: TensorInfo, rule: Rule, n_experts: int
     if len(tensor.shape) != rule.n_dims:
         raise FormatError(f"{model.path}: {tensor.name} has {len(tensor.shape)} axes, expected {rule.n_dims}")
     if tensor.shape[-1] != n_experts:
-        raise FormatError(f"{model.path}: {tensor.name} has {tensor.shape[-1]} experts where the header says {n_experts}")
+        raise FormatError(
+            f"{model.path}: {tensor.name} has {tensor.shape[-1]} experts where the header says {n_experts}"
+        )
 
 
 def _refusals(

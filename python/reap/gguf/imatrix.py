@@ -1,9 +1,10 @@
 """Reads importance matrices, as llama.cpp's imatrix program writes them, and cuts them to the experts that stay.
 
-Two forms, read in llama.cpp's tools/imatrix/imatrix.cpp (save_imatrix, save_imatrix_legacy) and common/imatrix-loader.cpp. GGUF: for
-each weight `<name>.in_sum2` (F32 [n_in, n_matrices], sums of squared activations) and `<name>.counts` (F32 [1, n_matrices]); experts
-are matrices. Legacy: a count, then for each weight its name, calls, number of values, and F32 values [n_in × n_matrices]; then anything.
-Nothing is computed here: the values that stay are copied.
+Two forms, read in llama.cpp's tools/imatrix/imatrix.cpp (save_imatrix, save_imatrix_legacy) and
+common/imatrix-loader.cpp. GGUF: for each weight `<name>.in_sum2` (F32 [n_in, n_matrices], sums of squared activations)
+and `<name>.counts` (F32 [1, n_matrices]); experts are matrices. Legacy: a count, then for each weight its name, calls,
+number of values, and F32 values [n_in × n_matrices]; then anything. Nothing is computed here: the values that stay are
+copied.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 from reap.errors import FormatError, MismatchError
-from reap.gguf.reader import INTEGER_TYPES, MAGIC, MAX_NAME_BYTES, MAX_TENSORS, GGUFFile, RegularFile, TensorInfo, ValueType
-from reap.gguf.writer import NewFile, NewTensor, Piece, RawFile, Span, Writable, edit_metadata, merge_spans
+from reap.files.ranges import Piece, RawFile, Span, Writable, merge_spans
+from reap.files.regular import RegularFile
+from reap.gguf.reader import INTEGER_TYPES, MAGIC, MAX_NAME_BYTES, MAX_TENSORS, GGUFFile, TensorInfo, ValueType
+from reap.gguf.writer import NewFile, NewTensor, edit_metadata
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _F32, _F32_BYTES = 0, 4
@@ -28,7 +31,8 @@ _MIN_ENTRY_BYTES = 4 + 1 + 4 + 4 + 4
 
 
 class Experts(NamedTuple):
-    """What becomes of one tensor of experts: its row length, how many experts it has, and the ids that stay, ascending."""
+    """What becomes of one tensor of experts: its row length, how many experts it has, and the ids that stay,
+    ascending."""
 
     n_in: int
     n_experts: int
@@ -37,7 +41,8 @@ class Experts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One weight's part of the matrix: where its values and its counts lie, in F32 numbers. The legacy form has no counts."""
+    """One weight's part of the matrix: where its values and its counts lie, in F32 numbers. The legacy form has no
+    counts."""
 
     offset: int
     n_values: int
@@ -58,7 +63,8 @@ class Imatrix:
         return not isinstance(self.file, GGUFFile)
 
     def cut(self, experts: Mapping[str, Experts]) -> Writable:
-        """The same matrix with the kept experts' parts only. Raises MismatchError where its sizes are not those of the model."""
+        """The same matrix with the kept experts' parts only. Raises MismatchError where its sizes are not those of the
+        model."""
         for name, entry in self.entries.items():
             if name in experts:
                 self._check(name, entry, experts[name])
@@ -78,9 +84,15 @@ class Imatrix:
             expected = (self._numbers(entry.offset, entry.n_values), self._numbers(entry.counts_offset, entry.n_counts))
             if name in experts:
                 _, n_experts, kept = experts[name]
-                expected = (_rows(expected[0], n_experts, kept), _rows(expected[1], n_experts if entry.n_counts > 1 else 1, kept))
+                expected = (
+                    _rows(expected[0], n_experts, kept),
+                    _rows(expected[1], n_experts if entry.n_counts > 1 else 1, kept),
+                )
             found = written.entries[name]
-            values = (written._numbers(found.offset, found.n_values), written._numbers(found.counts_offset, found.n_counts))
+            values = (
+                written._numbers(found.offset, found.n_values),
+                written._numbers(found.counts_offset, found.n_counts),
+            )
             if values != expected:
                 raise FormatError(f"{name} differs from the matrix's")
 
@@ -113,7 +125,9 @@ class Imatrix:
     def __enter__(self) -> Imatrix:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _numbers(self, offset: int, n_numbers: int) -> bytes:
@@ -126,7 +140,9 @@ class Imatrix:
                 f" {experts.n_experts} experts of {experts.n_in:,}"
             )
         if entry.n_counts not in (1, experts.n_experts) and not self.is_legacy:
-            raise MismatchError(f"{self.file.path}: {name} counts {entry.n_counts} experts where the model has {experts.n_experts}")
+            raise MismatchError(
+                f"{self.file.path}: {name} counts {entry.n_counts} experts where the model has {experts.n_experts}"
+            )
 
     def _cut_gguf(self, experts: Mapping[str, Experts]) -> NewFile:
         assert isinstance(self.file, GGUFFile)
@@ -145,7 +161,9 @@ class Imatrix:
         if shape[axis] % n_experts:
             raise FormatError(f"{file.path}: {tensor.name} {shape} cannot be shared by {n_experts} experts")
         shape[axis] = shape[axis] // n_experts * len(kept)
-        return NewTensor(tensor.name, tuple(shape), tensor.type, merge_spans(_cut(file, tensor.offset_bytes, tensor.n_bytes, found)))
+        return NewTensor(
+            tensor.name, tuple(shape), tensor.type, merge_spans(_cut(file, tensor.offset_bytes, tensor.n_bytes, found))
+        )
 
     def _cut_legacy(self, experts: Mapping[str, Experts]) -> RawFile:
         pieces: list[Piece] = []
@@ -163,7 +181,9 @@ class Imatrix:
 def _gguf_origin(file: GGUFFile) -> tuple[str | None, int]:
     datasets, chunks = file.metadata.get("imatrix.datasets"), file.metadata.get("imatrix.chunk_count")
     names = datasets.value if datasets is not None and datasets.array_type == ValueType.STRING else []
-    return (names[0] if names else None), (int(chunks.value) if chunks is not None and chunks.type in INTEGER_TYPES else 0)
+    return (names[0] if names else None), (
+        int(chunks.value) if chunks is not None and chunks.type in INTEGER_TYPES else 0
+    )
 
 
 def _cut(file: RegularFile, offset: int, n_bytes: int, experts: Experts) -> Iterator[Piece]:
@@ -215,7 +235,9 @@ def _legacy_entries(file: RegularFile) -> dict[str, Entry]:
         raise FormatError(f"{file.path}: holds no importance matrix: {file.size} bytes are too few")
     (n_entries,), position = _I32.unpack(file.read_range(0, 4)), 4
     if not 0 < n_entries <= min(MAX_TENSORS, file.size // _MIN_ENTRY_BYTES):
-        raise FormatError(f"{file.path}: is no importance matrix: neither a GGUF file nor the count of a legacy one ({n_entries:,})")
+        raise FormatError(
+            f"{file.path}: is no importance matrix: neither a GGUF file nor the count of a legacy one ({n_entries:,})"
+        )
     for index in range(n_entries):
         what = f"{file.path}: entry {index} of the importance matrix"
         name_bytes, position = _legacy_number(file, position, f"{what}: the length of its name", MAX_NAME_BYTES)
@@ -240,7 +262,9 @@ def _legacy_name(raw: bytes, what: str) -> str:
         raise FormatError(f"{what} has a name that is not valid UTF-8") from None
 
 
-def _legacy_number(file: RegularFile, position: int, what: str, most: int = 2**31 - 1, least: int = 1) -> tuple[int, int]:
+def _legacy_number(
+    file: RegularFile, position: int, what: str, most: int = 2**31 - 1, least: int = 1
+) -> tuple[int, int]:
     if position + 4 > file.size:
         raise FormatError(f"{what} lies past the end of the file at {file.size:,}")
     (number,) = _I32.unpack(file.read_range(position, 4))

@@ -1,0 +1,77 @@
+"""A model opened in the engine, and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reap.engine import native
+
+if TYPE_CHECKING:
+    from reap import _core
+
+from reap.engine.devices import check_servers
+from reap.engine.options import EngineOptions, usable_cores
+
+
+def open_session(
+    path: str | os.PathLike[str],
+    options: EngineOptions,
+    *,
+    n_sequences: int = 1,
+    n_bytes: int | None = None,
+    head_on_host: bool = False,
+    prediction_layer: int | None = None,
+) -> _core.Session:
+    """Load a model into the engine.
+
+    n_sequences: how many may share a batch, fewer where the model does not allow it. n_bytes: of the model's files
+    (None: of `path`). head_on_host: leave the output head out of the devices, for a session that never reaches it.
+    prediction_layer: the multi-token-prediction block whose experts are profiled as well, run in a context of its own.
+
+    Raises EngineError with the end of the engine's log, UsageError for an option that cannot work, NativeModuleMissing.
+    """
+    core = native.load()
+    settings = core.SessionOptions()
+    settings.model_path = os.fspath(path)
+    settings.model_bytes = n_bytes if n_bytes is not None else os.stat(path).st_size
+    settings.ctx_size = options.ctx_size
+    settings.batch_size = options.batch_size or 0
+    settings.ubatch_size = options.ubatch_size
+    settings.n_sequences = n_sequences
+    settings.threads = options.threads or usable_cores()
+    settings.gpu_layers = options.gpu_layers
+    settings.devices = list(options.devices or ())
+    settings.override_tensors = [(pattern, buffer) for pattern, buffer in options.override_tensors]
+    settings.rpc = list(options.rpc)
+    settings.type_k = options.type_k
+    settings.type_v = options.type_v
+    settings.flash_attn = options.flash_attn
+    settings.head_on_host = head_on_host
+    settings.prediction_layer = -1 if prediction_layer is None else prediction_layer
+    check_servers(options.rpc)
+    return core.Session(settings)
+
+
+class SessionTokenizer:
+    """The model's own tokenizer, as `reap.text.calibration.Tokenizer` wants it."""
+
+    def __init__(self, session: _core.Session) -> None:
+        self._session = session
+        self.n_vocab = session.n_vocab
+        self.has_tokenizer = session.has_tokenizer
+        self.add_bos = session.add_bos
+        self.bos: int | None = session.bos if session.bos >= 0 else None
+        self.eos: int | None = session.eos if session.eos >= 0 else None
+        self.chat_template = session.chat_template
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`."""
+        ids: list[int] = np.asarray(self._session.tokenize(text.encode("utf-8"), add_special, parse_special)).tolist()
+        return ids
+
+    def token_text(self, token: int) -> bytes:
+        """The bytes of a token, special tokens included."""
+        return self._session.token_text(token)

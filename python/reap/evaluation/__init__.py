@@ -1,0 +1,1 @@
+"""How well a model predicts a text, whole, virtually pruned or beside a reference."""

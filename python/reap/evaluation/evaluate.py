@@ -1,0 +1,103 @@
+"""evaluate(): how well a model predicts a text, with all of its experts, virtually pruned, or beside a reference."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from reap.engine.options import EngineOptions
+from reap.evaluation.loops import Continuations, loop_metrics
+from reap.evaluation.plan_evaluator import PlanEvaluator, Reference, Steps
+from reap.evaluation.quality_metrics import perplexity_of as perplexity_of
+from reap.evaluation.result import Evaluation
+from reap.gguf.model_info import inspect
+from reap.progress import ProgressCallback
+from reap.pruning.compatibility import check_plan
+from reap.scores.plan import PrunePlan
+from reap.text.evaluation_text import Text
+from reap.text.overlap import overlap_warnings
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    text: Text,
+    *,
+    reference: str | os.PathLike[str] | None = None,
+    plan: PrunePlan | str | os.PathLike[str] | None = None,
+    loops: bool = False,
+    ctx_size: int = 512,
+    batch_size: int | None = None,
+    ubatch_size: int = 512,
+    threads: int | None = None,
+    gpu_layers: int = -1,
+    devices: Sequence[str] | None = None,
+    override_tensors: Sequence[tuple[str, str]] = (),
+    rpc: Sequence[str] = (),
+    type_k: str = "f16",
+    type_v: str = "f16",
+    flash_attn: str = "auto",
+    progress: ProgressCallback | None = None,
+) -> Evaluation:
+    """How well `model` (a GGUF file) predicts `text`: perplexity, comparable with what llama-perplexity prints, and
+    agreement.
+
+    text       `read_evaluation_text`: a text file, JSON Lines with domains, or several files, each a domain. It is
+               tokenised whole (special tokens in it are not parsed) and cut into windows of `ctx_size`; the first token
+               of each is replaced by BOS where the model adds one; of each window the positions ctx_size/2 + 1 to
+               ctx_size - 1 are scored; what is left at the end is dropped
+    reference  a GGUF file with the same tokenizer, the model before pruning say: KL divergence, agreement on the most
+               probable token, and tokens whose probability fell by half are of this one
+    plan       a PrunePlan or the path of one: its experts are removed virtually, no file is written. Without
+               `reference` the model as it is is the reference, and its weights are loaded once
+    loops      continue a few prompts from the text as well, and say how much of that is repetition
+
+    Raises:
+        UsageError: an option, a file that is not there, a plan that no such model can follow. MismatchError: a plan of
+        another model, a reference with other tokens. FormatError: a damaged file. UnsupportedModelError: the experts
+        cannot be removed, or not virtually. CalibrationError: the text cannot be used, or a domain is shorter than one
+        window. EngineError: llama.cpp failed. KeyboardInterrupt: Ctrl-C.
+    """
+    started = time.perf_counter()
+    options = EngineOptions(
+        ctx_size=ctx_size,
+        batch_size=batch_size,
+        ubatch_size=ubatch_size,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        devices=devices,
+        override_tensors=override_tensors,
+        rpc=rpc,
+        type_k=type_k,
+        type_v=type_v,
+        flash_attn=flash_attn,
+    )
+    the_plan = plan if plan is None or isinstance(plan, PrunePlan) else PrunePlan.load(plan)
+    info = inspect(model)  # before a reference is run for nothing
+    if the_plan is not None:
+        check_plan(info, the_plan)
+    has_other = reference is not None and not (
+        the_plan is not None and os.path.realpath(reference) == os.path.realpath(model)
+    )
+    is_compared = has_other or the_plan is not None
+    steps = Steps(progress, (1 + is_compared) * (1 + loops))
+
+    def examine(judge: PlanEvaluator) -> tuple[Reference, Continuations | None]:
+        return judge.reference(steps.next()), judge.continuations(None, steps.next()) if loops else None
+
+    expected, before = (
+        examine(PlanEvaluator(reference, text, options)) if has_other and reference is not None else (None, None)
+    )
+    judge = PlanEvaluator(model, text, options)  # the reference's weights are gone by now
+    if the_plan is not None and expected is None:
+        expected, before = examine(judge)
+    result = judge.score(the_plan, reference=expected, progress=steps.next())
+    found = judge.continuations(the_plan, steps.next()) if loops else None
+    seen_before = overlap_warnings(judge.text.file_digests(), (), the_plan.calibration) if the_plan is not None else []
+    return replace(
+        result,
+        loops=loop_metrics(found, before) if found else None,
+        warnings=(*result.warnings, *seen_before),
+        seconds=time.perf_counter() - started,
+    )

@@ -1,0 +1,128 @@
+"""The loop probe: how a model continues a few prompts, greedily, and how much of that is repetition.
+
+A model that lost the experts it needs often falls into a loop, and its perplexity hardly shows it: on given text it
+never follows its own choices for long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from reap import _core
+
+NGRAM = 4
+N_PROMPTS = 8
+PROMPT_TOKENS = 64
+NEW_TOKENS = 128
+#: A loop is a run of tokens that stands at the end so many times, and fills so many tokens.
+LOOP_TIMES = 3
+LOOP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class LoopMetrics:
+    """How a model continues `prompts` prompts of prompt_tokens tokens with at most new_tokens tokens, each the most
+    probable.
+
+    repeated: mean share of 4-grams that occurred before in the same continuation. looping: share of the continuations
+    that end in a loop, the same run of tokens over and over. unfinished: share of those that no end-of-text token
+    ended. With a reference (None without): the same figures of the reference's continuations, and same_start: mean
+    share of new tokens before the first that differs.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    repeated: float
+    looping: float
+    unfinished: float
+    reference_repeated: float | None = None
+    reference_looping: float | None = None
+    reference_unfinished: float | None = None
+    same_start: float | None = None
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What a model made of its prompts: token ids, the one that ended the text included, and whether there was one."""
+
+    prompt_tokens: int
+    new_tokens: int
+    tokens: tuple[tuple[int, ...], ...]
+    finished: tuple[bool, ...]
+
+
+def choose_prompts(windows: Sequence[NDArray[np.int32]], ctx_size: int) -> tuple[list[NDArray[np.int32]], int]:
+    """Beginnings of a few windows, spread evenly, and how many new tokens fit behind each."""
+    n_prompts = min(N_PROMPTS, len(windows))
+    length = min(PROMPT_TOKENS, max(1, ctx_size // 4))
+    chosen = [windows[index * len(windows) // n_prompts][:length] for index in range(n_prompts)]
+    return chosen, min(NEW_TOKENS, ctx_size - length)
+
+
+def continue_prompts(
+    session: _core.Session, prompts: Sequence[NDArray[np.int32]], new_tokens: int, report: Callable[[int], None]
+) -> Continuations:
+    """Let the model go on behind each prompt; `report` gets the number of prompts done."""
+    continuations = []
+    for index, prompt in enumerate(prompts):
+        continuations.append(tuple(session.generate(prompt, new_tokens).tolist()))
+        report(index + 1)
+    finished = tuple(session.ends_generation(tokens[-1]) for tokens in continuations)
+    return Continuations(len(prompts[0]), new_tokens, tuple(continuations), finished)
+
+
+def loop_metrics(found: Continuations, reference: Continuations | None = None) -> LoopMetrics:
+    """The figures of some continuations, beside those of the reference's from the same prompts."""
+    figures = LoopMetrics(
+        prompts=len(found.tokens),
+        prompt_tokens=found.prompt_tokens,
+        new_tokens=found.new_tokens,
+        repeated=float(np.mean([repeated_share(tokens) for tokens in found.tokens])),
+        looping=float(np.mean([ends_in_loop(tokens) for tokens in found.tokens])),
+        unfinished=1 - float(np.mean(found.finished)),
+    )
+    if reference is None:
+        return figures
+    before = loop_metrics(reference)
+    return replace(
+        figures,
+        reference_repeated=before.repeated,
+        reference_looping=before.looping,
+        reference_unfinished=before.unfinished,
+        same_start=float(
+            np.mean([_same_start(ours, theirs) for ours, theirs in zip(found.tokens, reference.tokens, strict=True)])
+        ),
+    )
+
+
+def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:
+    """Share of n-grams that occurred before; 0 where there are none."""
+    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def ends_in_loop(tokens: Sequence[int]) -> bool:
+    """Whether the end is one run of tokens, LOOP_TIMES times or more and at least LOOP_TOKENS tokens long in all."""
+    for period in range(1, len(tokens) // LOOP_TIMES + 1):
+        n_equal = next(
+            (n for n in range(len(tokens) - period) if tokens[-1 - n] != tokens[-1 - n - period]),
+            len(tokens) - period,
+        )
+        if n_equal + period >= max(LOOP_TIMES * period, LOOP_TOKENS):
+            return True
+    return False
+
+
+def _same_start(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    longest = max(len(ours), len(theirs))
+    n_same = next(
+        (n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
+    return n_same / longest

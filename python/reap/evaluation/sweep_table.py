@@ -1,0 +1,267 @@
+"""What a sweep found: a table of quality against size, and the file that holds it. Needs no native module."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reap.files.strict_json import EXPERT_LIMIT, Node, read_json, write_json
+from reap.scores.records import MOST_TOKENS, check_calibration, check_format, check_model
+
+FORMAT = "reap.sweep"
+VERSION = 1
+BASELINE = "baseline"
+CLEAR = 2.0  # a margin of so many standard errors is called clear
+LIMITS = ("size", "perplexity")
+_MAX_BYTES = 64 << 20
+_MOST_BYTES = 1 << 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """One candidate on the whole text (domain None) or on one domain of it.
+
+    metric                 that chose the experts; "baseline" for the model as it is, a plan's own for a plan that was
+                           given
+    seed                   of metric random; None otherwise
+    keep, bytes            experts in each layer; exact size of the pruned file
+    perplexity, stderr     by llama-perplexity's rule
+    kl_mean, top1          against the model as it is: mean KL divergence in nats per token, share of tokens with the
+                           same first choice
+    loss_increase          mean over the tokens of −ln p less that of the model as it is, in nats; exp of it: ratio of
+                           the perplexities
+    loss_increase_stderr   of that mean of differences, token by token: much smaller than two separate errors
+    tokens                 that were scored
+    """
+
+    metric: str
+    seed: int | None
+    keep: int
+    bytes: int
+    domain: str | None
+    tokens: int
+    perplexity: float
+    stderr: float
+    kl_mean: float
+    top1: float
+    loss_increase: float
+    loss_increase_stderr: float
+
+    def __getitem__(self, name: str) -> Any:
+        """row["bytes"] is row.bytes, as in the file."""
+        if name not in self.__dataclass_fields__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The best criterion at one size, on the whole text (domain None) or on one domain.
+
+    metric, runner_up  the two with the lowest loss; of random the mean over its seeds
+    margin             by how much the best one's loss is lower, in nats per token; exp(margin) − 1 is the difference of
+                       the perplexities
+    spread             standard error of the margin, of differences token by token (of a mean over seeds also their
+                       scatter)
+    clear              margin > 2 spread: otherwise there is no clear winner
+    """
+
+    keep: int
+    domain: str | None
+    metric: str
+    runner_up: str
+    margin: float
+    spread: float
+    clear: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a limit allows one criterion: the largest file of at most `limit` bytes ("size"), or the smallest whose
+    perplexity is at most 1 + `limit` times that of the model as it is ("perplexity")."""
+
+    kind: str
+    limit: float
+    metric: str
+    keep: int
+    bytes: int
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Quality against size for many choices of experts, all on one text.
+
+    rows         the model as it is first, then each candidate: the whole text, then each domain
+    verdicts     the best criterion for each size at which there are two or more
+    targets      answers to a limit on size or perplexity
+    model        name, architecture, fingerprint, n_experts, ... as in a profile; bytes: of the model as it is
+    text         "files", "sha256", "domains", scored "tokens", "windows", "ctx_size" of the held-out text
+    calibration  "files" and "sha256" of what the profile saw
+    engine       what measured it
+    complete     False where the sweep was interrupted
+    warnings     sentences worth reading
+    """
+
+    rows: tuple[SweepRow, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    targets: tuple[Target, ...] = ()
+    model: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    complete: bool = True
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains of the text, in the order of the rows."""
+        return tuple(dict.fromkeys(row.domain for row in self.rows if row.domain is not None))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What chose the experts, in the order of the rows, without the baseline."""
+        return tuple(dict.fromkeys(row.metric for row in self.rows if row.metric != BASELINE))
+
+    @property
+    def baseline(self) -> SweepRow:
+        """The model as it is, on the whole text."""
+        return self.select(metric=BASELINE)[0]
+
+    def select(
+        self, *, metric: str | None = None, keep: int | None = None, domain: str | None = None
+    ) -> tuple[SweepRow, ...]:
+        """The rows of one domain (None: of the whole text), of any metric and size unless they are given."""
+        return tuple(
+            row
+            for row in self.rows
+            if row.domain == domain and (metric is None or row.metric == metric) and (keep is None or row.keep == keep)
+        )
+
+    def best(self, domain: str | None = None) -> dict[int, Verdict]:
+        """keep -> the best criterion there and how sure that is, on the whole text or one domain; the largest size
+        first."""
+        return {
+            verdict.keep: verdict
+            for verdict in sorted(self.verdicts, key=lambda item: -item.keep)
+            if verdict.domain == domain
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `save` writes; what is not finite is null."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": self.complete,
+            "model": self.model,
+            "text": self.text,
+            "calibration": self.calibration,
+            "engine": self.engine,
+            "warnings": list(self.warnings),
+            "rows": _documents(self.rows),
+            "best": _documents(self.verdicts),
+            "targets": _documents(self.targets),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the sweep as JSON, one line a row, whole or not at all. Raises OutputError."""
+        return write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Sweep:
+        """Read a sweep. UsageError where the file cannot be read, FormatError where any field of it is wrong."""
+        root = read_json(path, what="sweep", max_bytes=_MAX_BYTES)
+        check_format(root, FORMAT, VERSION)
+        records = {
+            name: root[name].members() if name in root else {} for name in ("model", "text", "calibration", "engine")
+        }
+        check_model(Node(records["model"], f"{root.where}: model"))
+        check_calibration(Node(records["calibration"], f"{root.where}: calibration"))
+        rows = tuple(_load_row(node) for node in _nodes(root["rows"]))
+        if not any(row.metric == BASELINE and row.domain is None for row in rows):
+            root["rows"].fail(f"should begin with the model as it is, but none has the metric {BASELINE!r}")
+        return cls(
+            rows=rows,
+            verdicts=tuple(_load_verdict(node) for node in _optional(root, "best")),
+            targets=tuple(_load_target(node) for node in _optional(root, "targets")),
+            **records,
+            complete=root["complete"].flag() if "complete" in root else True,
+            warnings=tuple(node.string() for node in _optional(root, "warnings")),
+        )
+
+
+def _documents(items: Iterable[SweepRow | Verdict | Target]) -> list[dict[str, Any]]:
+    return [{name: _or_none(value) for name, value in asdict(item).items()} for item in items]
+
+
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- reading
+
+
+def _nodes(parent: Node) -> list[Node]:
+    return [parent.entry(index) for index in range(len(parent.entries()))]
+
+
+def _optional(root: Node, key: str) -> list[Node]:
+    return _nodes(root[key]) if key in root else []
+
+
+def _load_row(node: Node) -> SweepRow:
+    numbers = {name: _number(node, name) for name in ("perplexity", "stderr", "kl_mean", "top1")}
+    for name, value in numbers.items():
+        if value < 0:
+            node[name].fail(f"should not be negative, found {value:g}")
+    if numbers["top1"] > 1:
+        node["top1"].fail(f"should be a share of at most 1, found {numbers['top1']:g}")
+    return SweepRow(
+        metric=node["metric"].string(),
+        seed=node["seed"].integer() if "seed" in node and node["seed"].value is not None else None,
+        keep=node["keep"].integer(1, EXPERT_LIMIT),
+        bytes=node["bytes"].integer(1, _MOST_BYTES),
+        domain=_domain(node),
+        tokens=node["tokens"].integer(0, MOST_TOKENS) if "tokens" in node else 0,
+        **numbers,
+        **{name: _number(node, name) for name in ("loss_increase", "loss_increase_stderr")},
+    )
+
+
+def _load_verdict(node: Node) -> Verdict:
+    return Verdict(
+        keep=node["keep"].integer(1, EXPERT_LIMIT),
+        domain=_domain(node),
+        metric=node["metric"].string(),
+        runner_up=node["runner_up"].string(),
+        margin=_number(node, "margin"),
+        spread=_number(node, "spread"),
+        clear=node["clear"].flag(),
+    )
+
+
+def _load_target(node: Node) -> Target:
+    kind = node["kind"].string()
+    if kind not in LIMITS:
+        node["kind"].fail(f"should be one of {', '.join(LIMITS)}, found {kind!r}")
+    return Target(
+        kind=kind,
+        limit=_number(node, "limit"),
+        metric=node["metric"].string(),
+        keep=node["keep"].integer(1, EXPERT_LIMIT),
+        bytes=node["bytes"].integer(1, _MOST_BYTES),
+        perplexity=_number(node, "perplexity"),
+    )
+
+
+def _domain(node: Node) -> str | None:
+    return node["domain"].string() if "domain" in node and node["domain"].value is not None else None
+
+
+def _number(node: Node, key: str) -> float:
+    """NaN where the file says null or nothing."""
+    return math.nan if key not in node or node[key].value is None else node[key].number()

@@ -1,0 +1,1 @@
+"""Files as such: read with bounds, written whole or not at all."""

@@ -1,0 +1,244 @@
+"""inspect(): what a model is, where its experts are and what they weigh."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from reap.errors import FormatError, UnsupportedModelError
+from reap.gguf.experts import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count, read_layout, read_text
+from reap.gguf.reader import GGUFModel, TensorInfo
+
+# of a router that is larger, so many blocks, spread evenly, stand for the whole: the routers of a large model are half
+# a gigabyte
+_HASH_WHOLE_BYTES = 64 << 10
+_HASH_BLOCK_BYTES = 4 << 10
+PROVENANCE_PREFIX = "reap."
+_MAX_PROVENANCE_BYTES = 4 << 20
+#: Far above llama.cpp's 512, so that a forged count costs no memory.
+MAX_LAYERS = 65_536
+# what quantising may add to a file: one scale for a tensor or an expert (NVFP4). A quantisation is the same model
+_SCALES = (".scale", ".input_scale")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a GGUF file is. Sizes are bytes, layers are GGUF block indices.
+
+    path: the first file. name: general.name. n_layers: blocks, dense and multi-token-prediction ones included;
+    n_prediction_layers: of these, the multi-token-prediction ones, which are last. moe_layers: ascending; empty for a
+    dense model. n_experts: in every MoE layer. n_experts_used: the most any MoE layer routes a token to;
+    n_experts_used_per_layer: aligned with moe_layers. n_groups: of a grouped router, 1 if it has none; n_groups_used:
+    how many of them a token may use. n_embd: width of the hidden states, 0 where the header does not say. tensor_types:
+    ggml type name -> number of tensors. n_bytes: of the file or all shards. expert_bytes: of all experts' tensors,
+    routers not included; other_bytes: all else. bytes_per_expert: what removing one expert from every MoE layer saves,
+    router rows included. fingerprint: equal for two quantisations of one model. router_fingerprint: of the routers'
+    bytes (of each that is larger than 64 KiB, of 16 blocks of it). provenance: the reap.* keys of a pruned file.
+    refusals: why the model cannot be pruned, empty if it can.
+    """
+
+    path: Path
+    name: str | None
+    architecture: str
+    n_layers: int
+    n_prediction_layers: int
+    moe_layers: tuple[int, ...]
+    n_experts: int
+    n_experts_used: int
+    n_experts_used_per_layer: tuple[int, ...]
+    n_groups: int
+    n_groups_used: int
+    n_embd: int
+    vocab_size: int
+    context_length: int
+    file_type: int | None
+    tensor_types: Mapping[str, int]
+    n_parameters: int
+    n_files: int
+    n_bytes: int
+    expert_bytes: int
+    other_bytes: int
+    bytes_per_expert: int
+    has_tokenizer: bool
+    has_chat_template: bool
+    fingerprint: str
+    router_fingerprint: str
+    provenance: dict[str, Any] | None
+    refusals: tuple[str, ...]
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether it has layers with experts."""
+        return bool(self.moe_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return {**asdict(self), "path": str(self.path), "is_moe": self.is_moe}
+
+
+def inspect(path: str | os.PathLike[str]) -> ModelInfo:
+    """Describe a model from its header (and its routers' bytes).
+
+    Raises UsageError if `path` is not a readable file, FormatError if it is not a sound GGUF model.
+    """
+    with GGUFModel.open(path) as model:
+        return describe(model)
+
+
+class _Described(Protocol):
+    @property
+    def path(self) -> Path: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def is_moe(self) -> bool: ...
+    @property
+    def refusals(self) -> tuple[str, ...]: ...
+
+
+def require_moe(info: _Described) -> None:
+    """Raise UnsupportedModelError for a dense model, for one whose experts are in no layout reap knows, or run in no
+    way it knows."""
+    if info.refusals and (not info.is_moe or info.architecture in UNSUPPORTED):
+        raise UnsupportedModelError(info.refusals[0])
+    if not info.is_moe:
+        raise UnsupportedModelError(f"{info.path}: {info.architecture} here is a dense model, it has no experts")
+
+
+def describe(model: GGUFModel) -> ModelInfo:
+    """The same as `inspect`, of a model that is open already. Raises FormatError."""
+    layout = read_layout(model)
+    architecture = layout.architecture
+    n_layers = read_count(model, f"{architecture}.block_count")
+    if n_layers > MAX_LAYERS:
+        raise FormatError(f"{model.path}: {architecture}.block_count is {n_layers:,}, expected at most {MAX_LAYERS:,}")
+    used = _used_per_layer(model, layout, n_layers)
+    n_groups, n_groups_used = _groups(model, layout)
+    cut_bytes = sum(tensor.n_bytes for tensors in layout.layers.values() for tensor in tensors)
+    expert_bytes = sum(tensor.n_bytes for tensor in layout.experts)
+    is_moe = bool(layout.layers)
+    return ModelInfo(
+        path=model.path,
+        name=read_text(model, "general.name"),
+        architecture=architecture,
+        n_layers=n_layers,
+        n_prediction_layers=read_count(model, f"{architecture}.nextn_predict_layers"),
+        moe_layers=layout.moe_layers,
+        n_experts=layout.n_experts if is_moe else 0,
+        n_experts_used=max(used, default=0),
+        n_experts_used_per_layer=used,
+        n_groups=n_groups,
+        n_groups_used=n_groups_used,
+        n_embd=read_count(model, f"{architecture}.embedding_length"),
+        vocab_size=_vocab_size(model, architecture),
+        context_length=read_count(model, f"{architecture}.context_length"),
+        file_type=read_count(model, "general.file_type") if "general.file_type" in model.metadata else None,
+        tensor_types=dict(Counter(tensor.type_name for tensor in model.tensors.values()).most_common()),
+        n_parameters=sum(tensor.n_elements for tensor in model.tensors.values()),
+        n_files=len(model.files),
+        n_bytes=model.size,
+        expert_bytes=expert_bytes,
+        other_bytes=model.size - expert_bytes,
+        bytes_per_expert=cut_bytes // layout.n_experts if is_moe else 0,
+        has_tokenizer=read_text(model, "tokenizer.ggml.model") not in (None, "none"),
+        has_chat_template="tokenizer.chat_template" in model.metadata,
+        fingerprint=_fingerprint(model, layout, n_layers, used),
+        router_fingerprint=_hash_tensors(model, layout.routers),
+        provenance=_provenance(model),
+        refusals=layout.refusals,
+    )
+
+
+def _groups(model: GGUFModel, layout: ExpertLayout) -> tuple[int, int]:
+    """(groups of the router, groups that a token may use); (1, 1) for a router without groups."""
+    n_groups = max(1, read_count(model, f"{layout.architecture}.expert_group_count"))
+    n_groups_used = read_count(model, f"{layout.architecture}.expert_group_used_count", n_groups)
+    if n_groups == 1 or not layout.layers:
+        return 1, 1
+    if layout.n_experts % n_groups or not 0 < n_groups_used <= n_groups:
+        raise FormatError(
+            f"{model.path}: {layout.architecture} routes to {n_groups_used} of {n_groups} groups of {layout.n_experts}"
+            " experts, which cannot be"
+        )
+    return n_groups, n_groups_used
+
+
+def _used_per_layer(model: GGUFModel, layout: ExpertLayout, n_layers: int) -> tuple[int, ...]:
+    """Experts per token of each MoE layer; the key holds one number or one for each block."""
+    if not layout.layers:
+        return ()
+    key = f"{layout.architecture}.expert_used_count"
+    found = model.metadata.get(key)
+    if found is None:
+        raise FormatError(f"{model.path}: has {layout.n_experts} experts, but no {key}")
+    if found.array_type is None:
+        used = [read_count(model, key)] * len(layout.layers)
+    else:
+        if found.length != n_layers or layout.moe_layers[-1] >= n_layers:
+            raise FormatError(f"{model.path}: {key} has {found.length} entries for {n_layers} blocks")
+        values = found.value
+        used = [values[layer] for layer in layout.layers]
+    for layer, count in zip(layout.layers, used, strict=True):
+        if type(count) is not int or not 0 < count <= layout.n_experts:
+            raise FormatError(f"{model.path}: {key} is {count} in blk.{layer}, expected 1 to {layout.n_experts}")
+    return tuple(used)
+
+
+def _vocab_size(model: GGUFModel, architecture: str) -> int:
+    tokens = model.metadata.get("tokenizer.ggml.tokens")
+    if tokens is not None and tokens.array_type is not None:
+        return tokens.length
+    embedding = model.tensors.get("token_embd.weight")
+    if embedding is not None and len(embedding.shape) == 2:
+        return embedding.shape[1]
+    return read_count(model, f"{architecture}.vocab_size")
+
+
+def _fingerprint(model: GGUFModel, layout: ExpertLayout, n_layers: int, used: tuple[int, ...]) -> str:
+    """SHA-256 over what two quantisations of one model share; types and general.* do not enter, order does not
+    matter."""
+    digest = hashlib.sha256(b"reap.fingerprint.1\n")
+    counts = (layout.architecture, n_layers, layout.n_experts, used)
+    digest.update(repr(counts).encode())
+    for tensor in sorted(model.tensors.values(), key=lambda tensor: tensor.name):
+        if not tensor.name.endswith(_SCALES):
+            digest.update(repr((tensor.name, tensor.shape)).encode())
+    for key in sorted(model.metadata):
+        # the chat template is left out: it gets corrected in files whose weights and token ids stay the same
+        if key.startswith("tokenizer.ggml."):
+            value = model.metadata[key]
+            digest.update(repr((key, value.type, len(value.raw))).encode())
+            digest.update(value.raw)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _hash_tensors(model: GGUFModel, tensors: tuple[TensorInfo, ...]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        file = model.files[tensor.shard]
+        if tensor.n_bytes <= _HASH_WHOLE_BYTES:
+            digest.update(file.read_range(tensor.offset_bytes, tensor.n_bytes))
+            continue
+        n_blocks = _HASH_WHOLE_BYTES // _HASH_BLOCK_BYTES
+        digest.update(repr((tensor.type, tensor.n_bytes)).encode())
+        for index in range(n_blocks):
+            start = (tensor.n_bytes - _HASH_BLOCK_BYTES) * index // (n_blocks - 1)
+            digest.update(file.read_range(tensor.offset_bytes + start, _HASH_BLOCK_BYTES))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _provenance(model: GGUFModel) -> dict[str, Any] | None:
+    found = {key: pair for key, pair in model.metadata.items() if key.startswith(PROVENANCE_PREFIX)}
+    if sum(pair.n_bytes for pair in found.values()) > _MAX_PROVENANCE_BYTES:
+        raise FormatError(
+            f"{model.path}: its {PROVENANCE_PREFIX}* keys take more than {_MAX_PROVENANCE_BYTES >> 20} MiB"
+        )
+    for key, pair in found.items():
+        if pair.length > MAX_EXPERTS:
+            raise FormatError(f"{model.path}: {key} holds {pair.length:,} values, expected at most {MAX_EXPERTS:,}")
+    return {key: pair.value for key, pair in found.items()} or None

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: read, pruned and converted. Never imports torch."""

@@ -1,0 +1,329 @@
+"""Where the experts of a checkpoint are, found by structure: names and shapes of the stored tensors, and numbers of
+config.json.
+
+No list of model classes: a MoE block is what has `experts` (one tensor for each expert and matrix, or fused ones whose
+first axis is the experts) or stacked matrices beside a router. A name alone proves nothing, nor does an axis that
+happens to be as long as the expert count: both must agree, and what may belong to the experts without doing so in a
+known way is refused. Names were read in transformers' conversion_mapping.py and in llama.cpp's
+gguf-py/gguf/tensor_mapping.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from reap.errors import FormatError, UnsupportedModelError
+from reap.hf.disk.checkpoint_files import Checkpoint
+from reap.hf.disk.config import ConfigCounts, first_count, read_counts
+from reap.hf.disk.safetensors_file import StoredTensor
+
+#: Parts of a model beside the language model: their experts, where they have some, are another router's and stay.
+_TOWERS = frozenset(
+    {
+        "visual",
+        "vision",
+        "vision_tower",
+        "vision_model",
+        "vision_encoder",
+        "audio",
+        "audio_tower",
+        "audio_encoder",
+        "talker",
+        "code2wav",
+    }
+)
+_PREDICTION = frozenset({"mtp", "nextn", "mtp_block", "mtp_layers"})
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h|decoder_layer)\.(0|[1-9]\d{0,5})(?=\.|$)")
+_ONE_EXPERT = re.compile(r"(?P<block>.*?)(?:^|\.)experts\.(?P<expert>0|[1-9]\d{0,6})(?P<rest>\..+)")
+_FUSED = re.compile(r"(?P<block>.*?)(?:^|\.)experts\.(?P<rest>\D.*)")
+#: The router, by its name inside the block. Its first axis is the experts.
+_ROUTER = re.compile(
+    r"(gate|router|primary_router|moe_gate)(\.(wg|layer|gate|proj|classifier|linear))?"
+    r"(\.(weight|bias|weight_scale|weight_scale_inv|weight_scale_2|input_scale|per_expert_scale|expert_bias))?"
+    r"|(gate\.|router\.|moe_statics\.|experts\.)?(e_score_correction(_bias|\.bias)?|expert_bias|router_bias|per_expert_scale|score_correction_bias)"
+    r"|gate_weight"
+)
+_ROUTER_WEIGHT = re.compile(
+    r"(gate|router|primary_router|moe_gate)(\.(wg|layer|gate|proj|classifier|linear))?(\.weight)?|gate_weight"
+)
+#: What a MoE block holds besides: no expert axis, whatever the length of an axis says.
+_BESIDE = re.compile(
+    r"(shared_experts?|share_experts?|shared_mlp|shared_expert_gate|shared_experts_gate|.*latent.*|.*norm.*|router\.scale|router\.norm)(\..+)?"
+)
+#: Stacked matrices without `experts` in their names (Granite, JetMoE, Step-3.5).
+_STACKED = re.compile(r"(input_linear|output_linear|gate_proj|up_proj|down_proj|gate_up_proj)([._].+)?")
+#: All experts' rows one behind the other in one matrix (DBRX).
+_ROWS = re.compile(r"mlp\.(w1|v1|w2)(\.weight)?")
+_EXPERT_WORD = re.compile(r"(?:^|[._])(?:chunk_)?experts?(?:[._]|$)|tid2eid")
+_SHARED_WORD = re.compile(r"shared?_experts?")
+
+
+class Follows(NamedTuple):
+    """How a tensor follows the experts of its layer.
+
+    expert: it belongs to this one alone, and prefix + number + suffix is its name; None: its axis `axis` is the experts
+    (all axes before it have length one, so that an expert is one run of bytes). is_router: it belongs to the router.
+    """
+
+    layer: int
+    expert: int | None
+    axis: int
+    prefix: str
+    suffix: str
+    is_router: bool
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """Where the experts of a checkpoint are.
+
+    n_layers: blocks of the language model, without prediction (MTP) layers. blocks: layer -> name of its MoE block,
+    ascending; a prediction layer has the number that it gets in a GGUF file, behind all others. follows: name of each
+    tensor that depends on the experts -> how. counts: what config.json says. refusals: why it cannot be pruned.
+    """
+
+    n_layers: int
+    n_experts: int
+    blocks: Mapping[int, str]
+    prediction_layers: tuple[int, ...]
+    follows: Mapping[str, Follows]
+    counts: ConfigCounts
+    refusals: tuple[str, ...]
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Ascending, prediction layers included."""
+        return tuple(self.blocks)
+
+    def routers(self, layer: int) -> list[str]:
+        """Names of the tensors of a layer's router."""
+        return [name for name, how in self.follows.items() if how.layer == layer and how.is_router]
+
+    def router_weight(self, layer: int) -> str | None:
+        """Name of the router's matrix [n_experts, n_embd]."""
+        inside = len(self.blocks[layer]) + 1 if self.blocks[layer] else 0
+        return next((name for name in self.routers(layer) if _ROUTER_WEIGHT.fullmatch(name[inside:])), None)
+
+
+def read_checkpoint_layout(checkpoint: Checkpoint) -> CheckpointLayout:
+    """Find the experts of a checkpoint.
+
+    Raises FormatError where names, shapes and config.json contradict each other, UnsupportedModelError for a dense
+    model and for one that cannot be understood at all; what only forbids pruning is in `refusals`.
+    """
+    finder = _Finder(checkpoint)
+    blocks = finder.blocks()
+    if not blocks:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: has no experts in a form that reap knows; is it a dense model?"
+        )
+    layers, n_layers, prediction = _number(checkpoint, blocks)
+    n_experts = finder.count(blocks)
+    follows: dict[str, Follows] = {}
+    refusals: list[str] = []
+    for layer, block in layers.items():
+        found, problems = finder.follow(layer, block, n_experts)
+        follows |= found
+        refusals += problems
+    refusals += finder.strangers(follows)
+    counts = read_counts(checkpoint, n_experts)
+    return CheckpointLayout(n_layers, n_experts, layers, prediction, follows, counts, tuple(dict.fromkeys(refusals)))
+
+
+class _Finder:
+    """The stored tensors by the block that they are in."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.where = checkpoint.directory
+        self.tensors = {
+            tensor.name: tensor for tensor in checkpoint.tensors if not _TOWERS & set(tensor.name.split("."))
+        }
+        self.single: dict[str, dict[str, tuple[int, str, str]]] = {}  # block -> name -> expert, prefix, suffix
+        self.fused: dict[str, dict[str, str]] = {}  # block -> name -> name behind `experts.`
+        for name in self.tensors:
+            if match := _ONE_EXPERT.fullmatch(name):
+                self.single.setdefault(match["block"], {})[name] = (
+                    int(match["expert"]),
+                    name[: match.start("expert")],
+                    match["rest"],
+                )
+            elif (match := _FUSED.fullmatch(name)) and not _ROUTER.fullmatch("experts." + match["rest"]):
+                self.fused.setdefault(match["block"], {})[name] = match["rest"]
+        self.by_parent: dict[
+            str, dict[str, StoredTensor]
+        ] = {}  # every ancestor -> name behind it -> tensor, single experts left out
+        for name, tensor in self.tensors.items():
+            if _ONE_EXPERT.fullmatch(name):
+                continue  # there may be a hundred thousand of them
+            parts = name.split(".")
+            for depth in range(len(parts)):
+                self.by_parent.setdefault(".".join(parts[:depth]), {})[".".join(parts[depth:])] = tensor
+
+    def blocks(self) -> list[str]:
+        """Names of the MoE blocks, those with `experts` and those with stacked matrices."""
+        stacked = [
+            parent
+            for parent, inside in self.by_parent.items()
+            if parent not in self.single
+            and parent not in self.fused
+            and (router := next((t for name, t in inside.items() if _ROUTER_WEIGHT.fullmatch(name)), None)) is not None
+            and any(
+                _STACKED.fullmatch(name) and len(t.shape) >= 3 and t.shape[:1] == router.shape[:1]
+                for name, t in inside.items()
+            )
+        ]
+        return [*self.single, *(block for block in self.fused if block not in self.single), *stacked]
+
+    def router(self, block: str) -> StoredTensor | None:
+        """The router's matrix of a block."""
+        return next(
+            (
+                t
+                for name, t in self.by_parent.get(block, {}).items()
+                if _ROUTER_WEIGHT.fullmatch(name) and len(t.shape) == 2
+            ),
+            None,
+        )
+
+    def count(self, blocks: Iterable[str]) -> int:
+        """The number of experts, the same in all blocks and, in each, in the router."""
+        counts = {block: self._count(block) for block in blocks}
+        if len(set(counts.values())) > 1:
+            few, many = (choose(counts, key=counts.__getitem__) for choose in (min, max))
+            raise UnsupportedModelError(
+                f"{self.where}: {few} has {counts[few]} experts and {many} has {counts[many]}; reap prunes models with"
+                " the same number in every layer"
+            )
+        return next(iter(counts.values()))
+
+    def _count(self, block: str) -> int:
+        router = self.router(block)
+        if block in self.single:
+            experts = {expert for expert, _, _ in self.single[block].values()}
+            n_experts = len(experts)
+            if missing := sorted(set(range(n_experts)) - experts):
+                raise FormatError(f"{self.where}: {block}.experts has {n_experts} experts, but no number {missing[0]}")
+            if router is not None and router.shape[0] != n_experts:
+                raise FormatError(
+                    f"{self.where}: {router.name} has {router.shape[0]} rows, but there are {n_experts} experts"
+                    " beside it"
+                )
+            return n_experts
+        if router is not None:
+            return router.shape[0]
+        return next(self.tensors[name].shape[0] if self.tensors[name].shape else 0 for name in self.fused[block])
+
+    def follow(self, layer: int, block: str, n_experts: int) -> tuple[dict[str, Follows], list[str]]:
+        """(the tensors of a block that depend on its experts, sentences about those that forbid pruning)."""
+        follows = {
+            name: Follows(layer, expert, 0, prefix, suffix, False)
+            for name, (expert, prefix, suffix) in self.single.get(block, {}).items()
+        }
+        problems: list[str] = []
+        is_layer = _LAYER.search(block) is not None and bool(re.search(r"\.\d+$", block))
+        for inside, tensor in self.by_parent.get(block, {}).items():
+            if tensor.name in follows or _BESIDE.fullmatch(inside):
+                continue
+            is_router = _ROUTER.fullmatch(inside) is not None
+            axis = self._axis(inside, tensor, n_experts)
+            is_ours = (
+                is_router or inside.startswith("experts.") or (not is_layer and _STACKED.fullmatch(inside) is not None)
+            )
+            if is_ours and axis is not None:
+                follows[tensor.name] = Follows(layer, None, axis, "", "", is_router)
+            elif is_ours and tensor.n_elements == 1:
+                continue  # one scale for all of them
+            elif is_ours or (not is_layer and n_experts in tensor.shape):
+                problems.append(
+                    f"{self.where}: {tensor.name} {list(tensor.shape)} may belong to the experts, but not in a way that"
+                    f" reap knows (its first axis is not that of the {n_experts} experts)"
+                    if axis is None
+                    else (
+                        f"{self.where}: {tensor.name} {list(tensor.shape)} may belong to the experts, but reap does not"
+                        " know this tensor"
+                    )
+                )
+        if not any(how.is_router for how in follows.values()):
+            problems.append(f"{self.where}: {block} has experts, but no router that reap knows")
+        return follows, problems
+
+    def _axis(self, inside: str, tensor: StoredTensor, n_experts: int) -> int | None:
+        """Which axis of a tensor is the experts: the first, whatever lies before it has length one."""
+        axis = next((index for index, length in enumerate(tensor.shape) if length != 1), None)
+        if axis is None:
+            return None
+        rows = (
+            tensor.shape[axis] % n_experts == 0
+            and inside.startswith("experts.")
+            and _ROWS.fullmatch(inside.removeprefix("experts."))
+        )
+        fits = tensor.shape[axis] == n_experts or rows
+        return axis if fits and tensor.n_bytes % n_experts == 0 else None
+
+    def strangers(self, follows: Mapping[str, Follows]) -> Iterator[str]:
+        """A sentence about a tensor that has experts in its name and is in none of the blocks."""
+        for name, tensor in self.tensors.items():
+            if (
+                name not in follows
+                and tensor.n_elements > 1
+                and _EXPERT_WORD.search(name)
+                and not _SHARED_WORD.search(name)
+            ):
+                yield (
+                    f"{self.where}: {name} {list(tensor.shape)} may belong to the experts, but reap does not know this"
+                    " tensor"
+                )
+                return
+
+
+def _number(checkpoint: Checkpoint, blocks: list[str]) -> tuple[dict[int, str], int, tuple[int, ...]]:
+    """(layer -> block, number of ordinary layers, prediction layers), layers numbered as in a GGUF file.
+
+    `mtp.*` blocks come behind the ordinary layers, in their order; a checkpoint that numbers them on (DeepSeek, GLM)
+    has them there.
+    """
+    ordinary = [block for block in blocks if not _PREDICTION & set(block.split("."))]
+    layers: dict[int, str] = {}
+    for block in ordinary:
+        numbers = _LAYER.findall(block)
+        if not numbers:
+            raise UnsupportedModelError(
+                f"{checkpoint.directory}: {block} has experts, but its name does not say in which layer"
+            )
+        if int(numbers[-1]) in layers:
+            other = layers[int(numbers[-1])]
+            raise UnsupportedModelError(
+                f"{checkpoint.directory}: {other} and {block} both are MoE blocks of layer {numbers[-1]}"
+            )
+        layers[int(numbers[-1])] = block
+    named = [int(number) for name in checkpoint.shard_of if not _apart(name) for number in _LAYER.findall(name)[:1]]
+    n_layers = checkpoint_layers(checkpoint) or max(named, default=0) + 1
+    behind = max(n_layers, max(layers, default=-1) + 1)
+    for rank, block in enumerate(sorted((block for block in blocks if block not in ordinary), key=_natural)):
+        layers[behind + rank] = block
+    return dict(sorted(layers.items())), n_layers, tuple(layer for layer in sorted(layers) if layer >= n_layers)
+
+
+def _apart(name: str) -> bool:
+    parts = set(name.split("."))
+    return bool(parts & _TOWERS or parts & _PREDICTION)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def is_of_prediction(name: str, n_layers: int) -> bool:
+    """Whether a tensor belongs to a prediction (MTP) layer."""
+    if _PREDICTION & set(name.split(".")):
+        return True
+    numbers = [] if _apart(name) else _LAYER.findall(name)[:1]
+    return bool(numbers) and int(numbers[0]) >= n_layers
+
+
+def checkpoint_layers(checkpoint: Checkpoint) -> int:
+    """The number of ordinary layers that config.json states; 0 where it does not."""
+    return first_count(checkpoint.config, ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))

@@ -1,0 +1,163 @@
+"""A strict reader of safetensors headers, and a writer of them; it knows nothing of experts and loads no tensor.
+
+The format is the one of the safetensors package: 8 bytes with the header's length, a JSON object, then the tensors'
+bytes without holes. Every number in the header is taken for a claim and checked against the bytes that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from reap.errors import FormatError
+from reap.files.regular import RegularFile
+from reap.files.strict_json import Node, parse_json, shorten
+
+#: As the safetensors package has it.
+MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS = 64
+MAX_TENSORS = 1_000_000
+_LENGTH = struct.Struct("<Q")
+_METADATA = "__metadata__"
+_MAX_OFFSET = 2**62
+
+#: dtype as stored -> bits of one number
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        "BOOL": 8,
+        "F4": 4,
+        "F6_E2M3": 6,
+        "F6_E3M2": 6,
+        "U8": 8,
+        "I8": 8,
+        "F8_E5M2": 8,
+        "F8_E4M3": 8,
+        "F8_E8M0": 8,
+        "F8_E4M3FNUZ": 8,
+        "F8_E5M2FNUZ": 8,
+        "I16": 16,
+        "U16": 16,
+        "F16": 16,
+        "BF16": 16,
+        "I32": 32,
+        "U32": 32,
+        "F32": 32,
+        "C64": 64,
+        "F64": 64,
+        "I64": 64,
+        "U64": 64,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One entry of a header. shape: outermost axis first. offset_bytes: from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        """Numbers in it."""
+        return prod(self.shape)
+
+
+class SafetensorsFile(RegularFile):
+    """An open safetensors file. Use it as a context manager.
+
+    metadata: the `__metadata__` of its header. tensors: name -> `StoredTensor`, in the order of their bytes.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        """Use `open`; it raises UsageError if `path` is not a readable regular file, FormatError if it is no sound
+        safetensors file."""
+        super().__init__(path, fd)
+        try:
+            self.metadata, self.tensors = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+        if self.size < _LENGTH.size:
+            raise FormatError(f"{self.path}: is no safetensors file: {self.size} bytes are too few")
+        (length,) = _LENGTH.unpack(self.read_range(0, _LENGTH.size))
+        if length > min(MAX_HEADER_BYTES, self.size - _LENGTH.size):
+            raise FormatError(
+                f"{self.path}: is no safetensors file, or cut short: its header would take {length:,} bytes, where the"
+                f" file has {self.size - _LENGTH.size:,} and {MAX_HEADER_BYTES:,} are the most"
+            )
+        raw = self.read_range(_LENGTH.size, length)
+        if not raw.startswith(b"{"):
+            raise FormatError(f"{self.path}: is no safetensors file: its header does not begin with {{")
+        header = Node(parse_json(raw, f"{self.path}: header"), f"{self.path}: header")
+        if len(header.members()) > MAX_TENSORS:
+            raise FormatError(f"{self.path}: has {len(header.members()):,} tensors, expected at most {MAX_TENSORS:,}")
+        metadata = {key: node.string() for key, node in header[_METADATA].items()} if _METADATA in header else {}
+        start = _LENGTH.size + length
+        tensors = [_read_entry(name, node, start) for name, node in header.items() if name != _METADATA]
+        tensors.sort(key=lambda tensor: (tensor.offset_bytes, tensor.n_bytes))
+        self._check_coverage(tensors, start)
+        return metadata, {tensor.name: tensor for tensor in tensors}
+
+    def _check_coverage(self, tensors: list[StoredTensor], start: int) -> None:
+        """The tensors lie one behind the other, from the header's end to the end of the file."""
+        end = start
+        for tensor in tensors:
+            if tensor.offset_bytes != end:
+                what = "overlaps the one before it" if tensor.offset_bytes < end else "leaves a hole before it"
+                name = shorten(tensor.name, 80, quote=False)
+                raise FormatError(
+                    f"{self.path}: {name} begins at byte {tensor.offset_bytes:,} where {end:,} was expected: it {what}"
+                )
+            end += tensor.n_bytes
+        if end != self.size:
+            raise FormatError(f"{self.path}: its tensors end at byte {end:,}, but the file at {self.size:,}")
+
+
+def _read_entry(name: str, node: Node, start: int) -> StoredTensor:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        node.fail("has a name that is not valid Unicode")
+    dtype = node["dtype"].string()
+    if dtype not in DTYPE_BITS:
+        node["dtype"].fail(f"is {shorten(dtype)}, which is no type of safetensors that reap knows")
+    shape = _numbers(node["shape"], MAX_DIMS)
+    offsets = _numbers(node["data_offsets"], 2)
+    if len(offsets) != 2 or offsets[1] < offsets[0]:
+        node["data_offsets"].fail(f"should be a begin and an end, found {shorten(node['data_offsets'].value)}")
+    n_bits, n_bytes = prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
+    if n_bits != 8 * n_bytes:
+        node.fail(f"takes {n_bytes:,} bytes where {dtype} {shorten(list(shape))} takes {-(-n_bits // 8):,}")
+    return StoredTensor(name, dtype, shape, start + offsets[0], n_bytes)
+
+
+def _numbers(node: Node, most: int) -> tuple[int, ...]:
+    values = node.entries()
+    if len(values) > most:
+        node.fail(f"has {len(values):,} entries, expected at most {most}")
+    return tuple(node.entry(index).integer(0, _MAX_OFFSET) for index in range(len(values)))
+
+
+def encode_header(metadata: Mapping[str, str], tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """The header of a file that holds `tensors` (name, dtype, shape, bytes) in this order, padded as the safetensors
+    package does."""
+    document: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape, n_bytes in tensors:
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
+        offset += n_bytes
+    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return _LENGTH.pack(len(raw)) + raw

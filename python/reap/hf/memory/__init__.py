@@ -1,0 +1,1 @@
+"""Checkpoints in memory, as transformers models. Needs the extra `hf`."""

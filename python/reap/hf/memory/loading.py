@@ -1,0 +1,190 @@
+"""A checkpoint's folder -> a transformers model and its tokenizer. Nothing is downloaded, no pickle is opened."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reap.errors import EngineError, FormatError, UnsupportedModelError, UsageError
+from reap.hf.dependencies import require_extra, require_package
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a checkpoint is loaded.
+
+    device        "cpu", "cuda", "cuda:1", "mps"; None: the best there is
+    dtype         of the weights: "auto" (as stored), "float32", "bfloat16", "float16"
+    device_map    accelerate's: "auto", or a map of modules to devices, "cpu" and "disk" among them; not together with
+                  device
+    load_in_4bit  quantise the layers' matrices, the experts' among them, to NF4 as they are loaded, one layer at a time
+                  (bitsandbytes)
+    stream        one decoder layer in memory at a time
+    """
+
+    device: str | None = None
+    dtype: str = "auto"
+    device_map: Any = None
+    load_in_4bit: bool = False
+    stream: bool = False
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """UsageError for options that cannot work, MissingExtraError for what they need and is not installed."""
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.device is not None and self.device_map is not None:
+            raise UsageError("device and device_map exclude each other")
+        if sum((self.stream, self.device_map is not None, self.load_in_4bit)) > 1:
+            raise UsageError(
+                "device_map, load_in_4bit and stream are three ways to load a model and exclude each other"
+            )
+        require_extra("working on a checkpoint", "torch", "transformers", "safetensors")
+        if self.device_map is not None or self.load_in_4bit or self.stream:
+            require_package("loading a model this way", "accelerate")
+        if self.load_in_4bit:
+            require_package("load_in_4bit", "bitsandbytes")
+
+    def record(self) -> dict[str, Any]:
+        """What changes numbers, for checkpoints and the profile's "engine"."""
+        return {"dtype": self.dtype, "load_in_4bit": self.load_in_4bit, "stream": self.stream}
+
+
+def check_folder(folder: Path) -> None:
+    """UsageError where `folder` is no checkpoint that can be loaded without opening a pickle."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no folder, where a Hugging Face checkpoint was expected")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no Hugging Face checkpoint, it has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise UsageError(
+                f"{folder}: its weights are pickles ({pickles[0]}), which can run code as they are opened; save the"
+                " model again with model.save_pretrained(DIR, safe_serialization=True), on a machine that trusts them"
+            )
+        raise UsageError(f"{folder}: it has no *.safetensors")
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model's weights."""
+    index = folder / _INDEX
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FormatError(f"{index}: is no index of safetensors files ({type(error).__name__})") from error
+    missing = sorted(name for name in names if Path(name).name != name or not (folder / name).is_file())
+    if missing:
+        raise FormatError(f"{folder}: {missing[0]!r}, which {_INDEX} names, is not there")
+    return [folder / name for name in sorted(names)]
+
+
+def load_config(folder: Path, options: LoadOptions) -> Any:
+    """The configuration, as transformers reads it."""
+    import transformers
+
+    with translated(folder):
+        return transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+
+
+def load_model(folder: Path, options: LoadOptions) -> Any:
+    """The model in evaluation mode, whole, on the devices asked for."""
+    import torch
+
+    shards(folder)
+    config = load_config(folder, options)
+    named: dict[str, Any] = {"dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)}
+    offloaded = None
+    if options.device_map is not None:
+        # for what accelerate puts on disk; goes with the model
+        offloaded = tempfile.TemporaryDirectory(prefix="reap-offload-", ignore_cleanup_errors=True)
+        named |= {"device_map": options.device_map, "offload_folder": offloaded.name}
+    with translated(folder):
+        model = auto_class(config).from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+            **named,
+        )
+        if "device_map" not in named:
+            model = model.to(best_device(options.device))
+    model._reap_offloaded = offloaded
+    return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """The automatic class that builds a model of this configuration with a language model inside."""
+    import transformers
+
+    names = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModel")
+    classes = [found for name in names if (found := getattr(transformers, name, None)) is not None]
+    remote = getattr(config, "auto_map", None) or {}
+    for candidate in classes:
+        if type(config) in candidate._model_mapping or candidate.__name__ in remote:
+            return candidate
+    raise UnsupportedModelError(f"{config.model_type}: transformers has no model for this configuration")
+
+
+def best_device(asked: str | None = None) -> str:
+    """The device asked for, else the fastest one there is. UsageError for one that is not there."""
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=asked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        detail = " ".join(str(error).split()).split(". ")[0][:150]
+        raise UsageError(f"device {asked!r} cannot be used: {detail}") from error
+    return asked
+
+
+def load_tokenizer(folder: Path, options: LoadOptions) -> Any:
+    """transformers' tokenizer of a folder; None where it has none."""
+    import transformers
+
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    with translated(folder):
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+
+
+@contextmanager
+def translated(folder: Path) -> Iterator[None]:
+    """transformers' errors as ours, in one sentence; its progress bars off."""
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    has_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except SafetensorError as error:
+        raise FormatError(f"{folder}: its weights cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        said = " ".join(str(error).split())
+        remote = "it brings Python code of its own, which runs only with trust_remote_code=True (--trust-remote-code)"
+        detail = remote if "trust_remote_code" in said else said[:300]
+        raise EngineError(f"{folder}: transformers cannot load it: {detail}") from error
+    finally:
+        if has_bars:
+            logging.enable_progress_bar()

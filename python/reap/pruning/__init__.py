@@ -1,0 +1,1 @@
+"""A model and a plan become a smaller model."""

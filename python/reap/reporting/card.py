@@ -1,0 +1,238 @@
+"""model_card(): what a pruned model's card should say, from what the file itself says and from what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reap.errors import MismatchError, UsageError
+from reap.evaluation.sweep_table import Sweep
+from reap.files.formatting import bytes_text, ranges_text
+from reap.files.strict_json import Node, read_json, write_whole
+from reap.gguf.experts import gates_depend_on_all
+from reap.gguf.model_info import ModelInfo, inspect
+from reap.gguf.reader import GGUFModel
+from reap.reporting.gpu_fit import describe_fit
+from reap.reporting.page import environment, number, percent
+from reap.scores.profile import Profile
+
+_MAX_BYTES = 64 << 20
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|<>~&$])")
+
+PathLike = str | os.PathLike[str]
+
+
+def model_card(
+    pruned: PathLike,
+    output: PathLike,
+    *,
+    source: PathLike | None = None,
+    profile: Profile | PathLike | None = None,
+    evaluations: Sequence[PathLike] = (),
+    sweep: Sweep | PathLike | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write a model card (Markdown with the front matter of model hubs) for a file that `prune` wrote. Returns its
+    path.
+
+    pruned       what was removed is read from its own reap.* keys
+    source       the model before: its size, checked by fingerprint
+    profile      what the plan was made of: names the calibration
+    evaluations  files of `reap evaluate --json`, of the pruned model and of its source
+    sweep        what `reap.sweep` returned, or the file of it
+    base_model   name of the source on a hub; license: its identifier there
+
+    Raises UsageError for a file that no `prune` wrote or that cannot be read, MismatchError for a source of another
+    model, FormatError for a damaged file, OutputError.
+    """
+    info = inspect(pruned)
+    origin = _Origin.of(info)
+    before = None if source is None else inspect(source)
+    if before is not None and before.fingerprint != origin.fingerprint:
+        raise MismatchError(
+            f"{before.path} is not the model that {info.path} was pruned from: its fingerprint is {before.fingerprint}"
+        )
+    measured = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
+    if measured is not None and measured.model.get("fingerprint", origin.fingerprint) != origin.fingerprint:
+        raise MismatchError(f"the profile is not of the model that {info.path} was pruned from")
+    judged = [read_json(path, what="evaluation", max_bytes=_MAX_BYTES) for path in evaluations]
+    text = environment().get_template("card.md.j2").render(
+        base_model=None if base_model is None else json.dumps(base_model),
+        license=None if license is None else json.dumps(license),
+        title=escape(info.name or info.path.stem),
+        summary=_summary(info, origin, before),
+        source_size=None if before is None else bytes_text(before.n_bytes),
+        size=bytes_text(info.n_bytes),
+        n_layers=len(info.moe_layers),
+        n_source=origin.n_experts,
+        n_kept=info.n_experts,
+        facts=list(_facts(info)),
+        how=list(_how(info, origin, measured)),
+        evaluations=[row for root in judged for row in _evaluation(root)],
+        loops=[sentence for root in judged for sentence in _loops(root)],
+        sweep=[] if sweep is None else _sweep_rows(sweep, info.n_experts, origin.n_experts),
+        cautions=list(_cautions(info)),
+        layers=list(_layers(info, origin)),
+    )  # fmt: skip
+    return write_whole(output, re.sub(r"\n{3,}", "\n\n", text).encode("utf-8", "backslashreplace"))
+
+
+def escape(text: object) -> str:
+    """A stranger's text as plain words of Markdown: on one line, and without a meaning to it or to HTML."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split())).replace(r"\<", "&lt;").replace(r"\&", "&amp;")
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a pruned file says of the model that nobody had pruned yet."""
+
+    metric: str
+    fingerprint: str
+    n_experts: int
+    kept: dict[int, list[int]]
+    calibration: tuple[str, ...]
+    version: str
+
+    @classmethod
+    def of(cls, info: ModelInfo) -> _Origin:
+        said = info.provenance or {}
+        fingerprint, n_experts = said.get("reap.source.fingerprint"), said.get("reap.source.expert_count")
+        kept = {layer: said.get(f"reap.kept.{layer}") for layer in info.moe_layers}
+        if (
+            not info.is_moe
+            or not isinstance(fingerprint, str)
+            or type(n_experts) is not int
+            or not all(isinstance(ids, list) for ids in kept.values())
+        ):
+            raise UsageError(
+                f"{info.path}: does not say what was removed (reap.* keys): a model card is made of a file that reap"
+                " prune wrote"
+            )
+        calibration = said.get("reap.calibration.sha256")
+        digests = tuple(calibration.split(",")) if isinstance(calibration, str) else ()
+        ids = {layer: [int(expert) for expert in found or ()] for layer, found in kept.items()}
+        return cls(
+            str(said.get("reap.metric") or "unknown"),
+            fingerprint,
+            n_experts,
+            ids,
+            digests,
+            str(said.get("reap.version") or "unknown"),
+        )
+
+
+def _summary(info: ModelInfo, origin: _Origin, before: ModelInfo | None) -> str:
+    removed = origin.n_experts - info.n_experts
+    of = f" of {escape(before.name)}" if before is not None and before.name else ""
+    return (
+        f"A pruned version{of} ({escape(info.architecture)}): {removed} of {origin.n_experts} experts,"
+        f" {removed / origin.n_experts:.0%}, were removed from each of its {len(info.moe_layers)} MoE layers."
+    )
+
+
+def _facts(info: ModelInfo) -> Iterator[tuple[str, str]]:
+    yield "experts that a token uses", str(info.n_experts_used)
+    yield "parameters", f"{info.n_parameters:,}"
+    yield "tensor types", ", ".join(f"{count} {name}" for name, count in info.tensor_types.items())
+    yield "weights fit into", describe_fit(info.n_bytes)
+    yield "fingerprint", f"`{info.fingerprint}`"
+
+
+def _how(info: ModelInfo, origin: _Origin, profile: Profile | None) -> Iterator[str]:
+    yield (
+        f"With reap {escape(origin.version)}: every expert was scored by `{escape(origin.metric)}` on a calibration "
+        f"text, and each layer kept {info.n_experts}. The source has the fingerprint `{escape(origin.fingerprint)}`."
+    )
+    if profile is not None:
+        record = profile.calibration
+        files = ", ".join(escape(Path(name).name) for name in record.get("files") or ()) or "not named"
+        tokens = record.get("counted_tokens") or record.get("tokens") or int(profile.total_tokens.max())
+        domains = f" in the domains {', '.join(escape(name) for name in profile.domains)}" if profile.domains else ""
+        yield f"Calibration: {files}, {tokens:,} tokens{domains}."
+        if not profile.trusted:
+            yield "**The profile was written by llama-expert-profile, whose scores are not to be trusted.**"
+    if origin.calibration:
+        yield "sha256 of the calibration: " + ", ".join(f"`{escape(digest)}`" for digest in origin.calibration) + "."
+
+
+def _cautions(info: ModelInfo) -> Iterator[str]:
+    with GGUFModel.open(info.path) as model:
+        if gates_depend_on_all(model, info.architecture):
+            yield (
+                "The router's gates are not normalised over the chosen experts: those that stay now count for more than"
+                " they did."
+            )
+
+
+def _layers(info: ModelInfo, origin: _Origin) -> Iterator[tuple[int, str, str]]:
+    for layer in info.moe_layers:
+        kept = origin.kept[layer]
+        removed = sorted(set(range(origin.n_experts)) - set(kept))
+        yield layer, ranges_text(removed), ranges_text(kept)
+
+
+def _evaluation(root: Node) -> Iterator[list[str]]:
+    """Rows of the table: the whole text, and each domain of it."""
+    said: Any = root["text"].value
+    texts = (
+        [root["text"].entry(index).string() for index in range(len(said))]
+        if isinstance(said, list)
+        else [root["text"].string()]
+    )
+    model, text = escape(Path(root["model"].string()).name), ", ".join(escape(Path(name).name) for name in texts)
+    plan = root.members().get("plan")
+    if isinstance(plan, dict):
+        model += f", as if pruned to {escape(plan.get('keep'))} by {escape(plan.get('metric'))}"
+    parts = [
+        (text, root),
+        *((escape(name), node) for name, node in (root["domains"].items() if "domains" in root else ())),
+    ]
+    for name, node in parts:
+        perplexity, stderr, ratio, kl, top1 = (
+            _number(node, key) for key in ("perplexity", "stderr", "perplexity_ratio", "kl_mean", "top1")
+        )
+        figures = [f"{number(perplexity, 5)} ± {number(stderr, 2)}", number(ratio), number(kl, 3), percent(top1, 1)]
+        yield [model, name, *figures, f"{root['ctx_size'].integer():,}", f"{node['tokens'].integer():,}"]
+
+
+def _loops(root: Node) -> Iterator[str]:
+    """What the loop probe found, where the evaluation has one."""
+    if root.members().get("loops") is None:
+        return
+    found = root["loops"]
+    looping, before, repeated = (_number(found, key) for key in ("looping", "reference_looping", "repeated"))
+    beside = "" if before is None else f"; of the reference's {percent(before)}"
+    yield (
+        f"Of {found['prompts'].integer()} greedy continuations by {escape(Path(root['model'].string()).name)}, "
+        f"{percent(looping)} ended in a loop{beside}. "
+        f"{percent(repeated)} of its runs of four tokens had occurred before."
+    )
+
+
+def _number(node: Node, key: str) -> float | None:
+    value: Any = node.members().get(key)
+    if value is not None and type(value) not in (int, float):
+        node[key].fail("should be a number")
+    return None if value is None else float(value)
+
+
+def _sweep_rows(sweep: Sweep | PathLike, keep: int, n_source: int) -> list[list[str]]:
+    """Of this size, and of the whole model where the sweep has it."""
+    table = sweep if isinstance(sweep, Sweep) else Sweep.load(sweep)
+    rows = [row for row in table.rows if row.keep in (keep, n_source)]
+    return [
+        [
+            escape(row.metric if row.keep < n_source else "all experts"),
+            str(row.keep),
+            escape(row.domain or "all"),
+            number(row.perplexity, 5),
+            number(row.stderr, 2),
+        ]
+        for row in rows
+    ]

@@ -1,0 +1,1 @@
+"""What was measured of each expert, the scores made of it, and the choice of what stays."""

@@ -1,0 +1,127 @@
+"""Two or more profiles of one model: merge() adds them up, compare() says how far they agree."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from reap.errors import MismatchError, ReapWarning, UsageError
+from reap.scores.profile import Profile
+from reap.scores.records import SUMS, as_arrays, span
+from reap.text.overlap import merge_sketches
+
+
+def merge(profiles: Iterable[Profile | str | os.PathLike[str]]) -> Profile:
+    """One profile of all the tokens that `profiles` (objects or files) saw; independent of their order.
+
+    Sums add, norm_max is the maximum, domains merge by name, calibration records are concatenated. MismatchError where
+    models, layers or expert counts differ; a ReapWarning where the routers' bytes differ (another quantisation) or a
+    calibration file comes twice.
+    """
+    loaded = [item if isinstance(item, Profile) else Profile.load(item) for item in profiles]
+    if not loaded:
+        raise UsageError("merge needs at least one profile")
+    for other in loaded[1:]:
+        require_same_model(loaded[0], other)
+        if loaded[0].trusted != other.trusted:
+            raise MismatchError("a file of llama-expert-profile cannot be merged with a profile of reap")
+    _warn_of_repeats(loaded)
+    records: dict[str, Any] = dict(
+        model=_merge_models([profile.model for profile in loaded]),
+        calibration=_merge_calibrations([profile.calibration for profile in loaded]),
+        engine=_merge_engines([profile.engine for profile in loaded]),
+        trusted=loaded[0].trusted,
+    )
+    names = sorted({name for profile in loaded for name in profile.domains})
+    parts = {
+        name: Profile(**_add([profile.parts[name] for profile in loaded if name in profile.parts]), **records)
+        for name in names
+    }
+    return Profile(**_add(loaded), **records, parts=parts)
+
+
+_STRUCTURE = ("n_experts_used", "n_groups", "n_groups_used", "n_embd")
+
+
+def require_same_model(a: Profile, b: Profile, *, any_form: bool = False) -> None:
+    """MismatchError where two profiles are not of one model: fingerprint, layers and expert counts.
+
+    any_form: one may be of the GGUF file and the other of the checkpoint, whose fingerprints say nothing about each
+    other; then what both know of the model's structure is compared.
+    """
+    if a.n_experts != b.n_experts:
+        raise MismatchError(f"the profiles are of different models: {a.n_experts} experts and {b.n_experts}")
+    if not np.array_equal(a.layers, b.layers):
+        raise MismatchError(f"the profiles have different MoE layers: {span(a.layers)} and {span(b.layers)}")
+    ours, theirs = a.model.get("fingerprint"), b.model.get("fingerprint")
+    if any_form and ours and theirs and ours.partition(":")[0] != theirs.partition(":")[0]:
+        for key in _STRUCTURE:
+            mine, other = a.model.get(key), b.model.get(key)
+            if mine and other and mine != other:
+                raise MismatchError(
+                    f"the profiles are of different models: {key} is {mine} in {_model_name(a)} and {other} in"
+                    f" {_model_name(b)}"
+                )
+        return
+    if ours and theirs and ours != theirs:
+        raise MismatchError(
+            f"the profiles are of different models: {_model_name(a)} ({ours[:19]}) and {_model_name(b)} ({theirs[:19]})"
+        )
+
+
+def _model_name(profile: Profile) -> str:
+    return str(profile.model.get("name") or profile.model.get("architecture") or "unnamed")
+
+
+def _warn_of_repeats(profiles: list[Profile]) -> None:
+    hashes = [digest for profile in profiles for digest in profile.calibration.get("sha256") or ()]
+    if len(set(map(str, hashes))) != len(hashes):
+        warnings.warn("the same calibration file is merged more than once", ReapWarning, stacklevel=3)
+    routers = {profile.model["router_fingerprint"] for profile in profiles if profile.model.get("router_fingerprint")}
+    if len(routers) > 1:
+        warnings.warn("the profiles' routers differ in their bytes (another quantisation?)", ReapWarning, stacklevel=3)
+
+
+def _add(profiles: list[Profile]) -> dict[str, Any]:
+    arrays: dict[str, Any] = {"total_tokens": sum(profile.total_tokens for profile in profiles)}
+    arrays["counts"] = sum(profile.counts for profile in profiles)
+    for name in SUMS[:-1]:
+        # fsum rounds once, so that the order of the files does not show in the last bit
+        columns = np.stack([getattr(profile, name).ravel() for profile in profiles], axis=1).tolist()
+        arrays[name] = np.array([math.fsum(column) for column in columns]).reshape(profiles[0].counts.shape)
+    arrays["norm_max"] = np.maximum.reduce([profile.norm_max for profile in profiles])
+    return as_arrays(profiles[0].layers, arrays)
+
+
+def _merge_models(models: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all agree on; the first one's word otherwise, but no router fingerprint that only some have."""
+    merged = dict(models[0])
+    if any(model.get("router_fingerprint") != merged.get("router_fingerprint") for model in models):
+        merged.pop("router_fingerprint", None)
+    return merged
+
+
+def _merge_calibrations(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Lists are concatenated, numbers of things added, options kept where all agree."""
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for record in records for key in record):
+        values = [record[key] for record in records if key in record]
+        if all(isinstance(value, list) for value in values):
+            merged[key] = [item for value in values for item in value]
+        elif key in ("samples", "tokens", "counted_tokens", "windows"):
+            merged[key] = sum(values)
+        elif key == "sketch":
+            merged[key] = merge_sketches(values)
+        elif len(values) == len(records) and all(value == values[0] for value in values):
+            merged[key] = values[0]
+    return merged
+
+
+def _merge_engines(engines: list[dict[str, Any]]) -> dict[str, Any]:
+    unique = [engine for index, engine in enumerate(engines) if engine not in engines[:index]]
+    return dict(unique[0]) if len(unique) == 1 else {"merged": unique}

@@ -1,0 +1,93 @@
+"""What profiles and plans have in common: array types, the names of the sums, and checks of the fields of their
+files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reap.files.strict_json import EXPERT_LIMIT, LAYER_LIMIT, Node
+from reap.text.overlap import read_sketch
+
+if TYPE_CHECKING:
+    pass
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+_LAYER_KEY = re.compile(r"0|[1-9][0-9]{0,5}", re.ASCII)
+MOST_TOKENS = 1 << 50  # so that sums of counts fit an int64, and a product with one a double
+
+
+def span(layers: Counts) -> str:
+    known = layers.tolist()
+    return ", ".join(map(str, known)) if len(known) <= 8 else f"{len(known)} of them from {known[0]} to {known[-1]}"
+
+
+# ---- checks that hold for every profile, wherever it came from
+
+
+def as_arrays(layers: Sequence[int] | Counts, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    typed: dict[str, Any] = {"layers": np.array(layers, dtype=np.int64)}
+    for name in ("total_tokens", "counts"):
+        typed[name] = np.array(arrays[name], dtype=np.int64)
+    for name in SUMS:
+        typed[name] = np.array(arrays[name], dtype=np.float64)
+    return typed
+
+
+def check_format(root: Node, name: str, version: int) -> None:
+    """FormatError where a document is not of the format `name` in a version that this release reads."""
+    found = root["format"]
+    if found.string() != name:
+        found.fail(f"should be {name!r}, found {found.value!r}")
+    said = root["version"]
+    if said.integer() != version:
+        said.fail(f"is {said.value}; this release of reap reads version {version}")
+
+
+def check_model(model: Node) -> None:
+    """FormatError where the fields of a file's "model" that a check relies on have the wrong type; absent ones pass."""
+    for key in ("name", "architecture", "fingerprint", "router_fingerprint"):
+        if key in model and model[key].value is not None:
+            model[key].string()
+    for key in ("n_experts", "n_experts_used", "n_groups", "n_groups_used"):
+        if key in model:
+            model[key].integer(1, EXPERT_LIMIT)
+    if "n_embd" in model:
+        model["n_embd"].integer()
+    if "n_groups" in model and "n_experts" in model:
+        n_experts, n_groups = model["n_experts"].integer(), model["n_groups"].integer()
+        if n_experts % n_groups:
+            model.fail(f"has {n_experts} experts, which {n_groups} groups cannot share equally")
+
+
+def check_calibration(record: Node) -> None:
+    """FormatError where the fields of a file's "calibration" that reap reads have the wrong type; absent ones pass."""
+    for key in ("files", "sha256", "skipped_lines", "failed_samples"):
+        if key in record:
+            for index in range(len(record[key].entries())):
+                record[key].entry(index).string()
+    for key in ("samples", "tokens", "counted_tokens", "windows", "skipped"):
+        if key in record:
+            record[key].integer(0, MOST_TOKENS)
+    if "sketch" in record:
+        read_sketch(record["sketch"])
+
+
+def layer_nodes(layers: Node) -> dict[int, Node]:
+    """The members of a "layers" object by block index, ascending. FormatError for none, or for a key that is no plain
+    number."""
+    nodes = {}
+    for key, node in layers.items():
+        if not _LAYER_KEY.fullmatch(key):
+            node.fail("is no layer number")
+        nodes[int(key)] = Node(node.value, f"{layers.where.removesuffix(': layers')}: layer {key}")
+    if not 0 < len(nodes) <= LAYER_LIMIT:
+        layers.fail(f"holds {len(nodes)} layers")
+    return dict(sorted(nodes.items()))

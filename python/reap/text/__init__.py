@@ -1,0 +1,1 @@
+"""Calibration and evaluation text: from files to windows of token ids."""

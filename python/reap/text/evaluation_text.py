@@ -1,0 +1,160 @@
+"""Held-out text -> windows of token ids, by llama-perplexity's rule, each domain apart."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reap.errors import CalibrationError, UsageError
+from reap.text.calibration import Calibration, Tokenizer
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+Text = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Whole windows of a text, each int32 [ctx_size], with the domain of each (None: the text names none).
+
+    dropped_tokens: of the text, that are in no window.
+    """
+
+    files: tuple[str, ...]
+    ctx_size: int
+    windows: tuple[NDArray[np.int32], ...]
+    domain_of: tuple[str | None, ...]
+    dropped_tokens: int
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names, in the order in which they appear."""
+        return tuple(dict.fromkeys(domain for domain in self.domain_of if domain is not None))
+
+    @property
+    def first_scored(self) -> int:
+        """The position whose prediction is the first to count; the last is ctx_size - 2."""
+        return self.ctx_size // 2
+
+    @property
+    def n_scored(self) -> int:
+        """Tokens scored in each window."""
+        return self.ctx_size - 1 - self.first_scored
+
+    def in_domain(self, domain: str) -> NDArray[np.bool_]:
+        """bool [n_windows · n_scored]: which of the scored tokens are of that domain."""
+        return np.repeat([name == domain for name in self.domain_of], self.n_scored)
+
+    def file_digests(self) -> dict[str, str]:
+        """SHA-256 of each file, by its name."""
+        return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.files}
+
+    def thinned(self, n_windows: int) -> EvaluationText:
+        """About `n_windows` of the windows, spread evenly over each domain; at least one of every domain."""
+        total = len(self.windows)
+        chosen: list[int] = []
+        for domain in dict.fromkeys(self.domain_of):
+            members = [index for index, name in enumerate(self.domain_of) if name == domain]
+            n = min(len(members), max(1, round(n_windows * len(members) / total)))
+            chosen += [members[index * len(members) // n] for index in range(n)]
+        windows = tuple(self.windows[index] for index in chosen)
+        dropped = self.dropped_tokens + (total - len(windows)) * self.ctx_size
+        return replace(
+            self, windows=windows, domain_of=tuple(self.domain_of[index] for index in chosen), dropped_tokens=dropped
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the windows: equal where two models are asked the same."""
+        digest = hashlib.sha256(repr((self.ctx_size, self.domain_of)).encode())
+        for window in self.windows:
+            digest.update(window.tobytes())
+        return digest.hexdigest()
+
+
+def read_evaluation_text(
+    text: Text, tokenizer: Tokenizer, ctx_size: int, max_windows: int | None = None
+) -> EvaluationText:
+    """Cut one file or several into windows.
+
+    A file named *.jsonl, *.ndjson or *.json holds samples as a calibration file does; each is tokenised on its own, and
+    those of one domain are laid end to end. Any other file is text, tokenised whole; special tokens in it are not
+    parsed. Of several files each is a domain, named as the file without its suffix, but for lines that name their own.
+    Every domain is cut into whole windows; the first token of each is replaced by BOS where the model adds one; the end
+    that is shorter than a window is dropped, and so is what lies behind the first `max_windows` windows of a domain.
+
+    Raises UsageError for a file that cannot be read, CalibrationError for one that cannot be used, or a domain shorter
+    than a window.
+    """
+    files = text_files(text)
+    streams: dict[str | None, list[int]] = {}
+    for path in files:
+        own_domain = Path(path).stem if len(files) > 1 else None
+        for domain, tokens in _read_file(path, tokenizer):
+            streams.setdefault(domain if domain is not None else own_domain, []).extend(tokens)
+    windows: list[NDArray[np.int32]] = []
+    domain_of: list[str | None] = []
+    for domain, tokens in streams.items():
+        if len(tokens) < ctx_size:
+            what = files[0] if domain is None else f'{", ".join(files)}: the domain "{domain}"'
+            joint = ": has" if domain is None else " has"
+            raise CalibrationError(f"{what}{joint} {len(tokens)} tokens, expected at least one window of {ctx_size}")
+        cut = list(islice(cut_windows(tokens, ctx_size, tokenizer), max_windows))
+        windows += cut
+        domain_of += [domain] * len(cut)
+    dropped = sum(len(tokens) for tokens in streams.values()) - len(windows) * ctx_size
+    return EvaluationText(tuple(files), ctx_size, tuple(windows), tuple(domain_of), dropped)
+
+
+def text_files(text: Text) -> list[str]:
+    """The paths of a text, each of which can be opened: before a model is loaded for nothing. Raises UsageError."""
+    files = [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
+    if not files:
+        raise UsageError("there is no text to evaluate on")
+    for path in files:
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    return files
+
+
+def _read_file(path: str, tokenizer: Tokenizer) -> Iterator[tuple[str | None, list[int]]]:
+    """(domain or None, token ids) of each sample of a file, or of the whole text."""
+    if Path(path).suffix.lower() in JSON_SUFFIXES:
+        whole_samples = 1 << 30
+        for window in Calibration(path, ctx_size=whole_samples, parse_special=False).windows(tokenizer):
+            yield window.domain, window.tokens.tolist()
+        return
+    content = read_text(path)
+    if not tokenizer.has_tokenizer:
+        raise CalibrationError(
+            f'{path}: the model has no tokenizer, so the text has to be JSON Lines that give "tokens"'
+        )
+    yield None, tokenizer.tokenize(content, add_special=True, parse_special=False)
+
+
+def cut_windows(tokens: Sequence[int], ctx_size: int, tokenizer: Tokenizer) -> Iterator[NDArray[np.int32]]:
+    """Whole windows int32 [ctx_size], each beginning with BOS where the model adds one."""
+    for start in range(0, len(tokens) - ctx_size + 1, ctx_size):
+        window = np.asarray(tokens[start : start + ctx_size], dtype=np.int32)
+        if tokenizer.add_bos and tokenizer.bos is not None:
+            window[0] = tokenizer.bos
+        yield window
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text file, whole. UsageError where it cannot be read, CalibrationError where it is no UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{os.fspath(path)}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{os.fspath(path)}: is no UTF-8 text (byte {error.start})") from error

@@ -1,0 +1,375 @@
+"""sweep and refine on the embedded model: figures against evaluate(), sizes against prune(), the command line,
+Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import reap
+from reap.cli import main
+from reap.engine.session import open_session
+from reap.errors import Interrupted, MismatchError, ReapWarning, UsageError
+from reap.evaluation import evaluate as evaluator
+from reap.text.evaluation_text import EvaluationText
+
+DATA = Path(reap.__file__).parent / "data"
+MODEL = next(DATA.glob("reap-demo-*.gguf"))
+OPTIONS: dict[str, Any] = {"threads": 1, "ctx_size": 128}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a profile, two held-out texts, and calibration text."""
+    folder = tmp_path_factory.mktemp("sweep")
+    lines = (DATA / "calibration.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "calibration.jsonl").write_text("".join(lines[::7]), encoding="utf-8")
+    reap.profile(MODEL, folder / "calibration.jsonl", **OPTIONS).save(folder / "profile.json")
+    for name in ("python", "c"):
+        (folder / f"{name}.txt").write_text(
+            (DATA / "heldout" / f"{name}.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(work: Path) -> reap.Sweep:
+    texts = [work / "python.txt", work / "c.txt"]
+    return reap.sweep(MODEL, work / "profile.json", texts, keep=[0.5, 8], metric=["reap", "random"], seeds=2, **OPTIONS)
+
+
+def test_every_row_is_what_evaluate_says(work: Path, table: reap.Sweep) -> None:
+    texts = [work / "python.txt", work / "c.txt"]
+    whole = reap.evaluate(MODEL, texts, **OPTIONS)
+    assert table.baseline.perplexity == pytest.approx(whole.perplexity, rel=1e-9)
+    assert (table.baseline.kl_mean, table.baseline.top1, table.baseline.keep) == (0.0, 1.0, 32)
+    assert table.baseline.bytes == MODEL.stat().st_size
+    assert [(row.metric, row.seed, row.keep) for row in table.select()] == [
+        ("baseline", None, 32),
+        ("reap", None, 16),
+        ("random", 0, 16),
+        ("random", 1, 16),
+        ("reap", None, 8),
+        ("random", 0, 8),
+        ("random", 1, 8),
+    ]
+    for row in table.select()[1:4]:
+        plan = reap.plan(work / "profile.json", keep=row.keep, metric=row.metric, seed=row.seed or 0)
+        found = reap.evaluate(MODEL, texts, plan=plan, **OPTIONS)
+        assert row.perplexity == pytest.approx(found.perplexity, rel=1e-9)
+        assert row.stderr == pytest.approx(found.stderr, rel=1e-9)
+        assert row.kl_mean == pytest.approx(found.kl_mean, rel=1e-6)
+        assert row.top1 == found.top1
+        assert math.exp(row.loss_increase) == pytest.approx(found.perplexity_ratio, rel=1e-9)
+        for domain in ("python", "c"):
+            [part] = [
+                part for part in table.select(metric=row.metric, keep=row.keep, domain=domain) if part.seed == row.seed
+            ]
+            assert part.perplexity == pytest.approx(found.domains[domain].perplexity, rel=1e-9)
+            assert part.tokens == found.domains[domain].tokens
+
+
+def test_sizes_are_those_of_pruned_files(work: Path, table: reap.Sweep, tmp_path: Path) -> None:
+    for row in table.select()[1:]:
+        plan = reap.plan(work / "profile.json", keep=row.keep, metric=row.metric, seed=row.seed or 0)
+        report = reap.prune(MODEL, tmp_path / "small.gguf", plan, force=True)
+        assert row.bytes == report.n_bytes_after == (tmp_path / "small.gguf").stat().st_size
+
+
+def test_the_best_at_each_size(table: reap.Sweep) -> None:
+    best = table.best()
+    assert list(best) == [16, 8]
+    assert best[16].metric == "reap"
+    assert best[16].runner_up == "random"
+    assert best[16].margin > 0
+    assert set(table.best("c")) == {16, 8}
+    assert table.text["domains"] == ["python", "c"]
+    assert table.model["n_experts"] == 32
+    assert len(table.text["sha256"]) == 2
+
+
+def test_the_weights_are_loaded_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(
+        evaluator, "open_session", lambda *args, **more: opened.append(args) or open_session(*args, **more)
+    )
+    found = reap.sweep(
+        MODEL, work / "profile.json", work / "c.txt", keep=[0.5, 8], metric=["reap", "frequency"], **OPTIONS
+    )
+    assert len(found.rows) == 5
+    assert len(opened) == 1
+
+
+def test_limits(work: Path) -> None:
+    size = reap.prune(MODEL, work / "x.gguf", reap.plan(work / "profile.json", keep=10), dry_run=True).n_bytes_after
+    found = reap.sweep(
+        MODEL,
+        work / "profile.json",
+        work / "c.txt",
+        metric="reap",
+        target_size=size + 100,
+        max_ppl_increase="8%",
+        **OPTIONS,
+    )
+    by_size, by_perplexity = found.targets
+    assert (by_size.kind, by_size.keep, by_size.bytes) == ("size", 10, size)
+    limit = found.baseline.perplexity * 1.08
+    assert by_perplexity.perplexity <= limit
+    assert by_perplexity.keep < 32
+    [below] = [row for row in found.select() if row.keep == by_perplexity.keep - 1]  # bisection asked there
+    assert below.perplexity > limit
+    with pytest.raises(UsageError, match="cannot be reached: with 4 experts"):
+        reap.sweep(MODEL, work / "profile.json", work / "c.txt", metric="reap", target_size="1M", **OPTIONS)
+
+
+def test_plans_are_judged_as_well(work: Path) -> None:
+    made = reap.plan(work / "profile.json", keep=16, metric="gate_sum")
+    made.save(work / "plan.json")
+    found = reap.sweep(
+        MODEL, work / "profile.json", work / "c.txt", keep=16, metric="reap", plans=[work / "plan.json"], **OPTIONS
+    )
+    assert found.metrics == ("reap", "gate_sum")
+    assert {found.best()[16].metric, found.best()[16].runner_up} == {"reap", "gate_sum"}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"metric": "best"}, "unknown metric 'best'"),
+        ({"metric": []}, "at least one metric"),
+        ({"keep": 2}, "keep 2 is fewer than the 4 experts"),
+        ({"keep": 33}, "keep 33 is not between"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"max_ppl_increase": "5"}, "should be a percentage"),
+        ({"target_size": "many"}, "should be a number of bytes"),
+        ({"protect": "9:1"}, "layer 9 is no MoE layer"),
+    ],
+)
+def test_calls_that_cannot_work(options: dict[str, Any], problem: str, work: Path) -> None:
+    with pytest.raises(UsageError, match=problem):
+        reap.sweep(MODEL, work / "profile.json", work / "c.txt", **options, **OPTIONS)
+
+
+def test_a_profile_of_another_model(work: Path) -> None:
+    document = json.loads((work / "profile.json").read_text())
+    document["model"]["fingerprint"] = "sha256:" + "1" * 64
+    (work / "other.json").write_text(json.dumps(document))
+    with pytest.raises(MismatchError, match="fingerprint"):
+        reap.sweep(MODEL, work / "other.json", work / "c.txt", **OPTIONS)
+
+
+def test_text_that_was_in_the_calibration(work: Path) -> None:
+    quick: dict[str, Any] = {"keep": 16, "metric": "reap", **OPTIONS}
+    with pytest.warns(ReapWarning, match=r"calibration\.jsonl: is the calibration file .*calibration\.jsonl itself"):
+        found = reap.sweep(MODEL, work / "profile.json", work / "calibration.jsonl", **quick)
+    assert len(found.warnings) == 1
+    sample = json.loads((work / "calibration.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    own = (work / "c.txt").read_text(encoding="utf-8")[:3000]
+    (work / "leaky.txt").write_text(
+        own + (sample.get("text") or sample["prompt"] + "\n" + sample["response"]), encoding="utf-8"
+    )
+    with pytest.warns(ReapWarning, match=r"leaky\.txt: about \d+% of it was in the calibration"):
+        reap.sweep(MODEL, work / "profile.json", work / "leaky.txt", **quick)
+
+
+# ---- the command line
+
+
+def test_the_command(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = [str(work / "python.txt"), str(work / "c.txt")]
+    command = [
+        "sweep",
+        str(MODEL),
+        str(work / "profile.json"),
+        *text,
+        "--keep",
+        "0.5,8",
+        "--metric",
+        "reap,random",
+        "-c",
+        "128",
+        "-t",
+        "1",
+    ]
+    assert main([*command, "-o", str(tmp_path / "s.json")]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "baseline",
+        "random (seed 0)",
+        "perplexity on each domain",
+        "16 experts",
+        "o reap  x random  = baseline",
+        "s.json",
+    ):
+        assert part in printed
+    assert reap.Sweep.load(tmp_path / "s.json").complete
+    assert main([*command, "--json", "--target-size", "2M", "--max-ppl-increase", "20%"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["format"] == "reap.sweep"
+    assert {target["kind"] for target in document["targets"]} == {"size", "perplexity"}
+    assert all(target["bytes"] <= 2_000_000 for target in document["targets"] if target["kind"] == "size")
+
+
+def test_a_call_that_cannot_work_says_so(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", str(MODEL), str(work / "profile.json"), str(work / "absent.txt")]) == 2
+    assert "absent.txt: cannot be read" in capsys.readouterr().err
+    assert (
+        main(["sweep", str(MODEL), str(work / "profile.json"), str(work / "c.txt"), "--max-ppl-increase", "lots"]) == 2
+    )
+    assert "should be a percentage such as 5%" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_rows(work: Path, tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text((DATA / "heldout" / "c.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    output = tmp_path / "s.json"
+    arguments = [
+        "sweep",
+        MODEL,
+        work / "profile.json",
+        text,
+        "--metric",
+        "random",
+        "--seeds",
+        "200",
+        "-t",
+        "1",
+        "-o",
+        output,
+    ]
+    command = [sys.executable, "-m", "reap", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None and not output.exists():
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert f"{output} keeps the rows so far" in err
+    kept = reap.Sweep.load(output)
+    assert not kept.complete
+    assert len(kept.rows) >= 2
+
+
+# ---- refining
+
+
+@pytest.fixture(scope="module")
+def refined(work: Path) -> reap.PrunePlan:
+    return reap.refine(
+        MODEL, work / "profile.json", work / "calibration.jsonl", keep=16, seconds=600, max_passes=14, **OPTIONS
+    )
+
+
+def test_a_refined_plan(work: Path, refined: reap.PrunePlan) -> None:
+    record = refined.options["refined"]
+    assert refined.metric == f"{record['start'].split(',')[0]}+refined"
+    assert record["passes"] >= 14
+    assert record["experts_tried"] > 0
+    assert record["kl_after"] <= record["kl_before"]
+    assert all(len(kept) == 16 for kept in refined.layers.values())
+    start = reap.plan(
+        work / "profile.json", keep=16, metric=refined.metric.removesuffix("+refined"), blend=refined.options["blend"]
+    )
+    judged = reap.evaluate(MODEL, work / "calibration.jsonl", plan=start, **OPTIONS)
+    assert record["kl_before"] == pytest.approx(judged.kl_mean, rel=1e-6)
+    judged = reap.evaluate(MODEL, work / "calibration.jsonl", plan=refined, **OPTIONS)
+    assert record["perplexity_after"] == pytest.approx(judged.perplexity, rel=1e-9)
+    assert refined.calibration["files"][-1] == str(work / "calibration.jsonl")
+    again = reap.refine(
+        MODEL, work / "profile.json", work / "calibration.jsonl", keep=16, seconds=600, max_passes=14, **OPTIONS
+    )
+    assert again.layers == refined.layers
+
+
+def test_a_refined_plan_prunes(refined: reap.PrunePlan, tmp_path: Path) -> None:
+    refined.save(tmp_path / "plan.json")
+    report = reap.prune(MODEL, tmp_path / "small.gguf", tmp_path / "plan.json")
+    assert report.kept == refined.layers
+    provenance = reap.inspect(tmp_path / "small.gguf").provenance or {}
+    assert provenance["reap.metric"] == refined.metric
+
+
+def test_protected_experts_stay(work: Path) -> None:
+    worst = reap.plan(work / "profile.json", keep=16).removed(0)[:2]
+    protect = [(0, expert) for expert in worst]
+    found = reap.refine(
+        MODEL,
+        work / "profile.json",
+        work / "c.txt",
+        keep=16,
+        seconds=600,
+        max_passes=8,
+        metric="reap",
+        protect=protect,
+        **OPTIONS,
+    )
+    assert set(worst) <= set(found.layers[0])
+    assert found.metric == "reap+refined"
+
+
+def test_refining_on_the_command_line(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["plan", str(work / "profile.json"), "--keep", "16", "-o", str(tmp_path / "plan.json")]
+    assert (
+        main([*base, "--refine", "0.01s", "--model", str(MODEL), "--text", str(work / "c.txt"), "-c", "128", "-t", "1"])
+        == 0
+    )
+    out, err = capsys.readouterr()
+    assert "refined" in out
+    assert "+refined" in out
+    assert "before a single expert was tried" in err
+    assert reap.PrunePlan.load(tmp_path / "plan.json").options["refined"]["seconds"] < 30
+    assert main([*base, "--refine", "1s", "--model", str(MODEL)]) == 2
+    assert "--refine needs --model MODEL" in capsys.readouterr().err
+    assert main([*base, "--text", str(work / "c.txt")]) == 2
+    assert "--text is for --refine" in capsys.readouterr().err
+    assert main([*base, "--refine", "soon", "--model", str(MODEL), "--text", str(work / "c.txt")]) == 2
+    assert "'soon' is no time such as 90s, 10m or 1.5h" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_choice_so_far(work: Path, tmp_path: Path) -> None:
+    target = tmp_path / "plan.json"
+
+    class Stop:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self, step: reap.Progress) -> None:
+            self.calls += 1
+            if self.calls > 12:
+                raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"keep": 16, "seconds": 600, "progress": Stop(), **OPTIONS}
+    with pytest.raises(Interrupted, match=r"plan\.json has the best choice"):
+        reap.refine(MODEL, work / "profile.json", work / "c.txt", output=target, **options)
+    assert "+refined" in reap.PrunePlan.load(target).metric
+    with pytest.raises(KeyboardInterrupt):
+        reap.refine(MODEL, work / "profile.json", work / "c.txt", **{**options, "progress": Stop()})
+
+
+def test_short_of_time_it_looks_at_fewer_windows(work: Path) -> None:
+    made = reap.refine(MODEL, work / "profile.json", work / "calibration.jsonl", keep=16, seconds=3, **OPTIONS)
+    record = made.options["refined"]
+    assert 3 <= record["windows"] < record["windows_of_the_text"]
+    assert record["experts_tried"] > 0
+    assert record["seconds"] < 60  # three, but for a machine that others slow down
+
+
+def test_thinned_windows_lie_all_over_each_domain() -> None:
+    windows = tuple(np.full(4, number, dtype=np.int32) for number in range(30))
+    text = EvaluationText(("t",), 4, windows, ("a",) * 20 + ("b",) * 9 + ("c",), 3)
+    thin = text.thinned(6)
+    assert [int(window[0]) for window in thin.windows] == [0, 5, 10, 15, 20, 24, 29]
+    assert thin.domain_of == ("a",) * 4 + ("b",) * 2 + ("c",)
+    assert thin.dropped_tokens == 3 + 23 * 4
+    assert text.thinned(30) == text

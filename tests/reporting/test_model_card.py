@@ -1,0 +1,128 @@
+"""The model card of a pruned file: true to the file, and safe to publish."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reap
+from helpers.gguf_builder import build_moe
+from helpers.profiles import make_profile
+from reap.errors import FormatError, MismatchError, UsageError
+from reap.evaluation.sweep_table import SweepRow
+from reap.reporting.card import escape
+from reap.scores.profile import Profile
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return build_moe(tmp_path / "source.gguf")
+
+
+def profile_of(path: Path, **calibration: object) -> Profile:
+    info = reap.inspect(path)
+    model = {"fingerprint": info.fingerprint, "n_experts_used": info.n_experts_used, "name": info.name}
+    record = {"files": ["/home/somebody/calib_1.jsonl"], "sha256": ["ab" * 32], "samples": 3, "tokens": 1234}
+    return make_profile(
+        1, layers=info.moe_layers, n_experts=info.n_experts, domains=("code", "prose"), model=model, calibration=record
+    )
+
+
+@pytest.fixture
+def pruned(source: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "small.gguf"
+    reap.prune(source, path, reap.plan(profile_of(source), keep=0.5))
+    return path
+
+
+def test_the_card_says_what_the_file_says(source: Path, pruned: Path, tmp_path: Path) -> None:
+    evaluation = tmp_path / "e.json"
+    figures = {"perplexity": 12.34567, "stderr": 0.51, "tokens": 2805}
+    files = {"model": "/x/small.gguf", "text": ["/x/held|out.txt"], "ctx_size": 512}
+    compared = {"perplexity_ratio": 1.0504, "kl_mean": 0.0312, "top1": 0.914}
+    loops = {"prompts": 8, "looping": 0.25, "reference_looping": 0.125, "repeated": 0.4}
+    evaluation.write_text(json.dumps(files | figures | compared | {"domains": {"c": figures}, "loops": loops}))
+    info, before = reap.inspect(pruned), reap.inspect(source)
+    unknown: dict[str, Any] = dict.fromkeys(
+        ("stderr", "kl_mean", "top1", "loss_increase", "loss_increase_stderr"), math.nan
+    )
+    same = {"seed": None, "bytes": 100, "domain": None, "tokens": 1} | unknown
+    keeps = [("baseline", before.n_experts), ("random", info.n_experts), ("reap", 1)]
+    table = reap.Sweep(
+        rows=tuple(SweepRow(metric=metric, keep=keep, perplexity=99.5, **same) for metric, keep in keeps)
+    )
+    output = tmp_path / "MODEL_CARD.md"
+    made = reap.model_card(
+        pruned,
+        output,
+        source=source,
+        profile=profile_of(source),
+        evaluations=[evaluation],
+        sweep=table,
+        base_model="somebody/model",
+        license="mit",
+    )
+    text = made.read_text(encoding="utf-8")
+    assert text.startswith('---\nbase_model: "somebody/model"\nlicense: "mit"\n')
+    assert f"{before.n_experts - info.n_experts} of {before.n_experts} experts, 50%" in text
+    assert before.fingerprint in text
+    assert "calib\\_1.jsonl, 1,234 tokens in the domains code, prose" in text
+    assert "/home/somebody" not in text
+    assert "ab" * 32 in text
+    assert "| small.gguf | held\\|out.txt | 12.346 ± 0.51 | 1.05 | 0.0312 | 91.4% | 512 | 2,805 |" in text
+    assert "| small.gguf | c | 12.346 ± 0.51 | – | – | – | 512 | 2,805 |" in text
+    assert (
+        "Of 8 greedy continuations by small.gguf, 25% ended in a loop; of the reference's 12%. 40% of its runs" in text
+    )
+    assert "| random | " in text
+    assert "| reap | 1 |" not in text
+    for layer in info.moe_layers:
+        kept = (info.provenance or {})[f"reap.kept.{layer}"]
+        line = next(line for line in text.splitlines() if line.startswith(f"| {layer} |"))
+        assert ids(line.split("|")[3]) == kept
+        assert sorted(ids(line.split("|")[2]) + kept) == list(range(before.n_experts))
+
+
+def ids(cell: str) -> list[int]:
+    found: list[int] = []
+    for part in cell.strip().split(", "):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def test_without_figures_the_card_says_so(pruned: Path, tmp_path: Path) -> None:
+    text = reap.model_card(pruned, tmp_path / "c.md").read_text(encoding="utf-8")
+    assert "None were given: this model was not evaluated" in text
+    assert "base_model" not in text
+
+
+def test_what_makes_no_card(source: Path, pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not say what was removed"):
+        reap.model_card(source, tmp_path / "c.md")
+    with pytest.raises(MismatchError, match="is not the model that"):
+        reap.model_card(pruned, tmp_path / "c.md", source=build_moe(tmp_path / "o.gguf", n_experts=16))
+    with pytest.raises(MismatchError, match="the profile is not of the model"):
+        reap.model_card(pruned, tmp_path / "c.md", profile=make_profile())
+    (tmp_path / "e.json").write_text(
+        '{"model": "m", "text": "t", "perplexity": "low", "stderr": 1, "ctx_size": 4, "tokens": 3}'
+    )
+    with pytest.raises(FormatError, match="perplexity should be a number"):
+        reap.model_card(pruned, tmp_path / "c.md", evaluations=[tmp_path / "e.json"])
+    assert not (tmp_path / "c.md").exists()
+
+
+def test_strangers_texts_stay_words(source: Path, tmp_path: Path) -> None:
+    name = "# x\n---\n[a](b) <script>alert(1)</script> | `c` *d* &amp; ${e}"
+    reap.prune(source, tmp_path / "p.gguf", reap.plan(profile_of(source), keep=0.5), name=name)
+    text = reap.model_card(tmp_path / "p.gguf", tmp_path / "c.md", base_model='a"\nlicense: "x').read_text(
+        encoding="utf-8"
+    )
+    assert "<script>" not in text
+    assert text.count("\n---\n") == 1
+    assert 'base_model: "a\\"\\nlicense: \\"x"' in text
+    assert escape("a_b | c\nd") == "a\\_b \\| c d"
