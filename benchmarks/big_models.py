@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType as Type
 from gguf.constants import GGML_QUANT_SIZES
+
+import gguf
+from gguf import GGMLQuantizationType as Type
 
 Bytes = np.ndarray[Any, Any]
 

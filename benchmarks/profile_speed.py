@@ -29,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 from big_models import NEMOTRON, QWEN3, Dimensions, write_model
-from gguf import GGMLQuantizationType as Type
 
+from gguf import GGMLQuantizationType as Type
 from reap.engine import native
 
 MODELS = {"qwen3": QWEN3, "nemotron": NEMOTRON}

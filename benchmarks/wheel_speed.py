@@ -34,8 +34,9 @@ def main() -> None:
     from dataclasses import replace
 
     from big_models import QWEN3, write_model
-    from gguf import GGMLQuantizationType as Type
     from profile_speed import cpu_name
+
+    from gguf import GGMLQuantizationType as Type
 
     print(f"{cpu_name()}, {N_TOKENS} tokens a pass, {args.layers} layers with the dimensions of {QWEN3.name}")
     for kind in args.types:

@@ -1,0 +1,51 @@
+"""What the sections of a profile's page are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from reap.evaluation.sweep_table import Sweep
+from reap.gguf.model_info import ModelInfo
+from reap.pruning.sizing import ModelSize
+from reap.scores.plan import PrunePlan
+from reap.scores.profile import Profile
+from reap.scores.statistics import (
+    Mask,
+    kept_mask,
+    known_metrics,
+)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the sections are made of. is_example: the plan was not given, but is what half of the experts would be."""
+
+    profile: Profile
+    plan: PrunePlan
+    is_example: bool
+    sweep: Sweep | None
+    info: ModelInfo | None
+    size: ModelSize | None
+    file_name: str | None
+
+    @cached_property
+    def mask(self) -> Mask:
+        return kept_mask(self.profile, self.plan.layers)
+
+    @property
+    def removes(self) -> bool:
+        return self.plan.keep < self.profile.n_experts
+
+    @cached_property
+    def metric(self) -> str:
+        """The score that the page cuts: the plan's own, where the profile holds it and it says something."""
+        return (
+            self.plan.metric
+            if self.plan.metric in known_metrics(self.profile) and self.plan.metric != "random"
+            else "reap"
+        )
+
+    @property
+    def layers(self) -> list[str]:
+        return [str(layer) for layer in self.profile.layers.tolist()]
