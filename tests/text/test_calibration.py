@@ -322,6 +322,23 @@ def test_estimated_tokens(tmp_path: Path) -> None:
     assert Calibration(path, ctx_size=100, max_tokens=7).estimated_tokens() == 7
 
 
+def test_what_was_consumed_is_known_up_to_every_window(tmp_path: Path) -> None:
+    lines = [{"text": "abc"}, {"text": "x" * 30}, {"prompt": "a", "response": "b", "domain": "d"}]
+    digests = [w.consumed for w in windows_of(lines, ctx_size=16)]
+    assert len(set(digests)) == len(digests) == 4
+    path = write(tmp_path / "c.jsonl", *lines, {"text": "more"})
+    assert [w.consumed for w in windows_of(path, ctx_size=16)][:4] == digests
+    changed = [lines[0], {"text": "x" * 29 + "y"}, lines[2]]
+    assert [a == b for a, b in zip(digests, [w.consumed for w in windows_of(changed, ctx_size=16)], strict=True)] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    masked = [w.consumed for w in windows_of(lines, ctx_size=16, mask="response")]
+    assert masked[2] == digests[2]
+    assert masked[3] != digests[3]
+    elsewhere = [{**line, "domain": "e"} for line in lines]
+    assert not set(digests) & {w.consumed for w in windows_of(elsewhere, ctx_size=16)}
+
+
 def test_too_many_domains() -> None:
     with pytest.raises(CalibrationError, match="sample 257: more than 256 domains"):
         windows_of([{"text": "a", "domain": str(i)} for i in range(300)])

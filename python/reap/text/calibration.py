@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import CalibrationError, UsageError
-from reap.text.chat_template import ChatTemplate, Span, shared_length
+from reap.text.encoding import NO_TEMPLATE, Encoder, read_template
+from reap.text.encoding import Tokenizer as Tokenizer
 from reap.text.overlap import Sketch
 from reap.text.samples import Sample, SampleReader, Source
 
 MASKS = ("all", "response")
 DOMAINS_LIMIT = 256
 _SKIPS_NAMED = 100
-
-NO_TEMPLATE = "none"
-MODELS_TEMPLATE = "auto"
-
-
-class Tokenizer(Protocol):
-    """What tokenisation needs of a model."""
-
-    n_vocab: int
-    has_tokenizer: bool
-    add_bos: bool
-    bos: int | None
-    eos: int | None
-    chat_template: str | None
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids; add_special adds what the model wants around a text, parse_special reads special tokens in it."""
-
-    def token_text(self, token: int) -> bytes:
-        """The bytes that a token stands for, special tokens included."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +33,8 @@ class Window:
     sample   number of the sample among those used, from 0; a long sample has several windows, in order
     unit     number of what is counted whole or not at all, from 0: a sample, or one window of a text file
     where    file and line, for errors
+    consumed SHA-256 over all windows up to and including this one: what was read so far, however it lay in files. Two
+             calibrations whose windows begin alike have the same value there
     """
 
     tokens: NDArray[np.int32]
@@ -61,6 +44,7 @@ class Window:
     unit: int
     line: int
     where: str
+    consumed: bytes = b""
 
 
 class Calibration:
@@ -99,7 +83,7 @@ class Calibration:
         self.parse_special = parse_special
         self.max_tokens = max_tokens
         self.chat_template = os.fspath(chat_template)
-        self.template_source = _read_template(self.chat_template)
+        self.template_source = read_template(self.chat_template)
         self._reader = SampleReader(source)
         self._reset()
 
@@ -112,6 +96,7 @@ class Calibration:
         self._units = 0
         self._skipped_lines: list[str] = []
         self._sketch = Sketch()
+        self._consumed = hashlib.sha256()
         self._domains: set[str] = set()
 
     @property
@@ -127,7 +112,13 @@ class Calibration:
         `summary`.
         """
         self._reset()
-        encoder = _Encoder(tokenizer, self)
+        encoder = Encoder(
+            tokenizer,
+            chat_template=self.chat_template,
+            template_source=self.template_source,
+            mask=self.mask,
+            parse_special=self.parse_special,
+        )
         # The parts of a long text file are one sample.
         with closing(iter(self._reader)) as samples:
             for _, parts in groupby(_number(samples), key=lambda item: item[0]):
@@ -140,7 +131,7 @@ class Calibration:
             why = f" ({self._skipped_lines[0]})" if self._skipped_lines else ""
             raise CalibrationError(f"{names}: holds no usable sample{why}")
 
-    def _sample_windows(self, encoder: _Encoder, parts: Iterator[Sample]) -> Iterator[Window]:
+    def _sample_windows(self, encoder: Encoder, parts: Iterator[Sample]) -> Iterator[Window]:
         first = next(parts)
         ids: list[int] = []
         counted: list[bool] = []
@@ -186,9 +177,15 @@ class Calibration:
             self.counted_tokens += int(cut.counted.sum())
             self.n_windows += 1
             self._sketch.add(cut.tokens)
-            yield cut
+            yield replace(cut, consumed=self._consume(cut))
             if self._is_full():
                 return
+
+    def _consume(self, window: Window) -> bytes:
+        head = (window.unit, window.domain, len(window.tokens))
+        self._consumed.update(repr(head).encode())
+        self._consumed.update(window.tokens.tobytes() + window.counted.tobytes())
+        return self._consumed.digest()
 
     def _is_full(self) -> bool:
         return self.max_tokens is not None and self.tokens >= self.max_tokens
@@ -229,137 +226,3 @@ def _number(samples: Iterator[Sample]) -> Iterator[tuple[int, Sample]]:
     for sample in samples:
         number += not sample.continues
         yield number, sample
-
-
-def _read_template(chat_template: str) -> str | None:
-    if chat_template in (NO_TEMPLATE, MODELS_TEMPLATE):
-        return None
-    try:
-        return Path(chat_template).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{chat_template}: cannot read the chat template: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{chat_template}: the chat template is not UTF-8 text") from error
-
-
-class _Encoder:
-    """Samples to token ids, with one model's tokenizer and template."""
-
-    def __init__(self, tokenizer: Tokenizer, options: Calibration) -> None:
-        self._tokenizer = tokenizer
-        self._options = options
-        self._template: ChatTemplate | None = None
-
-    def encode(self, sample: Sample) -> tuple[list[int], list[bool]]:
-        """Token ids of a sample, and which of them count. CalibrationError names the sample's file and line."""
-        if sample.tokens is not None:
-            return self._check_ids(sample), [True] * len(sample.tokens)
-        if not self._tokenizer.has_tokenizer:
-            raise CalibrationError(f'{sample.where}: the model has no tokenizer, so a line has to give "tokens"')
-        try:
-            text, spans, is_rendered = self._to_text(sample)
-            raw = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise CalibrationError(
-                f"{sample.where}: has a lone surrogate (\\u{ord(error.object[error.start]):04x})"
-            ) from error
-        except CalibrationError as error:
-            raise CalibrationError(f"{sample.where}: {error}") from error
-        add_special = not sample.continues and not (is_rendered and self._starts_with_bos(text))
-        parse_special = is_rendered or self._options.parse_special
-        ids = self._tokenizer.tokenize(text, add_special=add_special, parse_special=parse_special)
-        if spans is None:
-            return ids, [True] * len(ids)
-        byte_spans = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
-        located = self._locate(ids, raw)
-        if located is None:
-            located = self._locate_by_prefix(ids, text, spans, byte_spans, add_special, parse_special)
-        return ids, [any(start < end and a < end and start < b for a, b in byte_spans) for start, end in located]
-
-    def _check_ids(self, sample: Sample) -> list[int]:
-        tokens = sample.tokens or []
-        bad = next((token for token in tokens if not 0 <= token < self._tokenizer.n_vocab), None)
-        if bad is not None:
-            raise CalibrationError(
-                f"{sample.where}: token {bad} is not one of the model's, 0 to {self._tokenizer.n_vocab - 1}"
-            )
-        return list(tokens)
-
-    def _to_text(self, sample: Sample) -> tuple[str, list[Span] | None, bool]:
-        """The text, the characters that the mask counts (None: all), and whether a template wrote it."""
-        only_response = self._options.mask == "response"
-        if sample.text is not None:
-            return sample.text, None, False
-        if sample.pair is not None and self._options.chat_template == NO_TEMPLATE:
-            head = sample.pair[0] + "\n"
-            text = head + sample.pair[1]
-            return text, [(len(head), len(text))] if only_response else None, False
-        messages = sample.messages
-        if messages is None:
-            prompt, response = sample.pair or ("", "")
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        if only_response:
-            return *self._chat().render_turns(messages, tools=sample.tools), True
-        return self._chat().render(messages, tools=sample.tools), None, True
-
-    def _chat(self) -> ChatTemplate:
-        if self._template is None:
-            source = self._options.template_source or self._tokenizer.chat_template
-            if not source:
-                raise CalibrationError("the model has no chat template; give one in a file with chat_template")
-            origin = (
-                "the model's chat template" if self._options.template_source is None else self._options.chat_template
-            )
-            self._template = ChatTemplate(
-                source, origin=origin, bos=self._special(self._tokenizer.bos), eos=self._special(self._tokenizer.eos)
-            )
-        return self._template
-
-    def _special(self, token: int | None) -> str:
-        return "" if token is None else self._tokenizer.token_text(token).decode("utf-8", "replace")
-
-    def _starts_with_bos(self, text: str) -> bool:
-        bos = self._special(self._tokenizer.bos)
-        return bool(bos) and text.startswith(bos)
-
-    def _locate(self, ids: Sequence[int], raw: bytes) -> list[Span] | None:
-        """Which bytes of the text each token stands for, by the tokens' own bytes; None where they do not spell the
-        text.
-
-        Added specials stand for none; a space that a tokenizer puts before a text or after a special token is allowed
-        for.
-        """
-        position = 0
-        spans = []
-        for index, token in enumerate(ids):
-            piece = self._tokenizer.token_text(token)
-            if not raw.startswith(piece, position):
-                if piece.startswith(b" ") and raw.startswith(piece[1:], position):
-                    piece = piece[1:]
-                elif index in (0, len(ids) - 1):  # BOS, EOS
-                    piece = b""
-                else:
-                    return None
-            spans.append((position, position + len(piece)))
-            position += len(piece)
-        return spans if position == len(raw) else None
-
-    def _locate_by_prefix(
-        self,
-        ids: Sequence[int],
-        text: str,
-        spans: Sequence[Span],
-        byte_spans: Sequence[Span],
-        add_special: bool,
-        parse_special: bool,
-    ) -> list[Span]:
-        """As `_locate`, for tokenizers that change the text: a boundary lies where the ids of the text before it cease
-        to agree."""
-        located = [(0, 0)] * len(ids)
-        for (start, end), byte_span in zip(spans, byte_spans, strict=True):
-            edges = []
-            for edge in (start, end):
-                head = self._tokenizer.tokenize(text[:edge], add_special=add_special, parse_special=parse_special)
-                edges.append(len(ids) if edge == len(text) else shared_length(head, ids))
-            located[edges[0] : edges[1]] = [byte_span] * (edges[1] - edges[0])
-        return located

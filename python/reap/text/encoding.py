@@ -1,0 +1,177 @@
+"""One sample -> token ids, and which of them are counted, with one model's tokenizer and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from reap.errors import CalibrationError, UsageError
+from reap.text.chat_template import ChatTemplate, Span, shared_length
+from reap.text.samples import Sample
+
+NO_TEMPLATE = "none"
+MODELS_TEMPLATE = "auto"
+
+
+class Tokenizer(Protocol):
+    """What tokenisation needs of a model."""
+
+    n_vocab: int
+    has_tokenizer: bool
+    add_bos: bool
+    bos: int | None
+    eos: int | None
+    chat_template: str | None
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids; add_special adds what the model wants around a text, parse_special reads special tokens in it."""
+
+    def token_text(self, token: int) -> bytes:
+        """The bytes that a token stands for, special tokens included."""
+
+
+def read_template(chat_template: str) -> str | None:
+    """The source of the template in a file; None where `chat_template` names no file. UsageError."""
+    if chat_template in (NO_TEMPLATE, MODELS_TEMPLATE):
+        return None
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{chat_template}: cannot read the chat template: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{chat_template}: the chat template is not UTF-8 text") from error
+
+
+class Encoder:
+    """Samples to token ids, with one model's tokenizer and template.
+
+    chat_template, mask, parse_special: as `Calibration`'s. template_source: of the file that chat_template names."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        chat_template: str = NO_TEMPLATE,
+        template_source: str | None = None,
+        mask: str = "all",
+        parse_special: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._template_source = template_source
+        self._mask = mask
+        self._parse_special = parse_special
+        self._template: ChatTemplate | None = None
+
+    def encode(self, sample: Sample) -> tuple[list[int], list[bool]]:
+        """Token ids of a sample, and which of them count. CalibrationError names the sample's file and line."""
+        if sample.tokens is not None:
+            return self._check_ids(sample), [True] * len(sample.tokens)
+        if not self._tokenizer.has_tokenizer:
+            raise CalibrationError(f'{sample.where}: the model has no tokenizer, so a line has to give "tokens"')
+        try:
+            text, spans, is_rendered = self._to_text(sample)
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CalibrationError(
+                f"{sample.where}: has a lone surrogate (\\u{ord(error.object[error.start]):04x})"
+            ) from error
+        except CalibrationError as error:
+            raise CalibrationError(f"{sample.where}: {error}") from error
+        add_special = not sample.continues and not (is_rendered and self._starts_with_bos(text))
+        parse_special = is_rendered or self._parse_special
+        ids = self._tokenizer.tokenize(text, add_special=add_special, parse_special=parse_special)
+        if spans is None:
+            return ids, [True] * len(ids)
+        byte_spans = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
+        located = self._locate(ids, raw)
+        if located is None:
+            located = self._locate_by_prefix(ids, text, spans, byte_spans, add_special, parse_special)
+        return ids, [any(start < end and a < end and start < b for a, b in byte_spans) for start, end in located]
+
+    def _check_ids(self, sample: Sample) -> list[int]:
+        tokens = sample.tokens or []
+        bad = next((token for token in tokens if not 0 <= token < self._tokenizer.n_vocab), None)
+        if bad is not None:
+            raise CalibrationError(
+                f"{sample.where}: token {bad} is not one of the model's, 0 to {self._tokenizer.n_vocab - 1}"
+            )
+        return list(tokens)
+
+    def _to_text(self, sample: Sample) -> tuple[str, list[Span] | None, bool]:
+        """The text, the characters that the mask counts (None: all), and whether a template wrote it."""
+        only_response = self._mask == "response"
+        if sample.text is not None:
+            return sample.text, None, False
+        if sample.pair is not None and self._chat_template == NO_TEMPLATE:
+            head = sample.pair[0] + "\n"
+            text = head + sample.pair[1]
+            return text, [(len(head), len(text))] if only_response else None, False
+        messages = sample.messages
+        if messages is None:
+            prompt, response = sample.pair or ("", "")
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        if only_response:
+            return *self._chat().render_turns(messages, tools=sample.tools), True
+        return self._chat().render(messages, tools=sample.tools), None, True
+
+    def _chat(self) -> ChatTemplate:
+        if self._template is None:
+            source = self._template_source or self._tokenizer.chat_template
+            if not source:
+                raise CalibrationError("the model has no chat template; give one in a file with chat_template")
+            origin = "the model's chat template" if self._template_source is None else self._chat_template
+            self._template = ChatTemplate(
+                source, origin=origin, bos=self._special(self._tokenizer.bos), eos=self._special(self._tokenizer.eos)
+            )
+        return self._template
+
+    def _special(self, token: int | None) -> str:
+        return "" if token is None else self._tokenizer.token_text(token).decode("utf-8", "replace")
+
+    def _starts_with_bos(self, text: str) -> bool:
+        bos = self._special(self._tokenizer.bos)
+        return bool(bos) and text.startswith(bos)
+
+    def _locate(self, ids: Sequence[int], raw: bytes) -> list[Span] | None:
+        """Which bytes of the text each token stands for, by the tokens' own bytes; None where they do not spell the
+        text.
+
+        Added specials stand for none; a space that a tokenizer puts before a text or after a special token is allowed
+        for.
+        """
+        position = 0
+        spans = []
+        for index, token in enumerate(ids):
+            piece = self._tokenizer.token_text(token)
+            if not raw.startswith(piece, position):
+                if piece.startswith(b" ") and raw.startswith(piece[1:], position):
+                    piece = piece[1:]
+                elif index in (0, len(ids) - 1):  # BOS, EOS
+                    piece = b""
+                else:
+                    return None
+            spans.append((position, position + len(piece)))
+            position += len(piece)
+        return spans if position == len(raw) else None
+
+    def _locate_by_prefix(
+        self,
+        ids: Sequence[int],
+        text: str,
+        spans: Sequence[Span],
+        byte_spans: Sequence[Span],
+        add_special: bool,
+        parse_special: bool,
+    ) -> list[Span]:
+        """As `_locate`, for tokenizers that change the text: a boundary lies where the ids of the text before it cease
+        to agree."""
+        located = [(0, 0)] * len(ids)
+        for (start, end), byte_span in zip(spans, byte_spans, strict=True):
+            edges = []
+            for edge in (start, end):
+                head = self._tokenizer.tokenize(text[:edge], add_special=add_special, parse_special=parse_special)
+                edges.append(len(ids) if edge == len(text) else shared_length(head, ids))
+            located[edges[0] : edges[1]] = [byte_span] * (edges[1] - edges[0])
+        return located
