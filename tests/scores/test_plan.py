@@ -17,6 +17,7 @@ from helpers.profiles import add_sums, from_scores, make_profile, reference_docu
 from reap.errors import FormatError, ReapWarning, UsageError
 from reap.scores.plan import PrunePlan, fused_router_counts, plan, resolve_keep, router_warning, super_experts
 from reap.scores.profile import METRICS, Profile
+from reap.text.overlap import Sketch, overlap_warnings
 
 # ---- how many
 
@@ -281,6 +282,17 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
     assert document["format"] == "reap.plan"
     assert document["keep"] == 4
     assert document["layers"]["1"]["kept"] == list(result.layers[1])
+
+
+def test_a_plan_carries_the_sketch_of_its_calibration(tmp_path: Path) -> None:
+    sketch = Sketch()
+    sketch.add(range(100))
+    made = plan(make_profile(calibration={"files": ["a"], "sketch": sketch.to_dict(), "samples": 3}), keep=4)
+    saved = PrunePlan.of(made.save(tmp_path / "plan.json"))
+    assert saved.calibration == {"files": ["a"], "sketch": sketch.to_dict()}
+    assert PrunePlan.of(made) is made
+    assert overlap_warnings({"t": "0"}, range(50, 100), saved.calibration)
+    assert not overlap_warnings({"t": "0"}, range(1000, 1050), saved.calibration)
 
 
 def test_plan_takes_a_path(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from reap.errors import FormatError, MismatchError, OutputError, ReapWarning, Us
 from reap.scores.comparing import compare
 from reap.scores.merging import merge
 from reap.scores.profile import METRICS, Profile
+from reap.scores.records import ARRAYS, SUMS
 
 
 def same(a: Profile, b: Profile) -> bool:
@@ -357,6 +359,29 @@ def test_reference_files_do_not_mix_with_ours(tmp_path: Path) -> None:
     assert not merged.trusted
 
 
+def test_of_takes_a_profile_or_its_file(tmp_path: Path) -> None:
+    profile = make_profile()
+    assert Profile.of(profile) is profile
+    assert same(Profile.of(profile.save(tmp_path / "p.json")), profile)
+    assert same(Profile.of(str(tmp_path / "p.json")), profile)
+
+
+def test_from_sums_says_which_array_is_missing_or_unknown() -> None:
+    sums = random_sums(np.random.default_rng(0), 1, 4)
+    with pytest.raises(TypeError, match="no argument 'gate'"):
+        Profile.from_sums(layers=[0], **sums, gate=sums["gate_sum"], model={})
+    del sums["norm_max"]
+    with pytest.raises(TypeError, match="missing norm_max"):
+        Profile.from_sums(layers=[0], **sums, model={})
+
+
+def test_the_sums_are_spelled_once() -> None:
+    fields = [field.name for field in dataclasses.fields(Profile)]
+    assert fields[fields.index("counts") + 1 : fields.index("model")] == list(SUMS)
+    assert set(ARRAYS) == {"counts", "total_tokens", *SUMS}
+    assert set(SUM_NAMES) == {"counts", *SUMS}
+
+
 # ---- merge
 
 
@@ -403,6 +428,17 @@ def test_merge_joins_domains_by_name(tmp_path: Path) -> None:
 def test_merge_refuses_another_model(other: dict[str, Any], message: str) -> None:
     with pytest.raises(MismatchError, match=message):
         merge([make_profile(1), make_profile(2, **other)])
+
+
+def test_merge_adds_what_was_left_out() -> None:
+    records = [
+        {"skipped": 2, "skipped_lines": ["a:1", "a:2"], "failed": 1, "failed_samples": ["a:3: why"]},
+        {"skipped": 3, "skipped_lines": ["b:1"], "failed": 2, "failed_samples": ["b:2: why", "b:4: why"]},
+    ]
+    merged = merge([make_profile(seed, calibration=record) for seed, record in enumerate(records)]).calibration
+    assert (merged["skipped"], merged["failed"]) == (5, 3)
+    assert merged["skipped_lines"] == ["a:1", "a:2", "b:1"]
+    assert merged["failed_samples"] == ["a:3: why", "b:2: why", "b:4: why"]
 
 
 def test_merge_of_nothing() -> None:

@@ -73,7 +73,7 @@ def evaluate(
         type_v=type_v,
         flash_attn=flash_attn,
     )
-    the_plan = plan if plan is None or isinstance(plan, PrunePlan) else PrunePlan.load(plan)
+    the_plan = None if plan is None else PrunePlan.of(plan)
     info = inspect(model)  # before a reference is run for nothing
     if the_plan is not None:
         check_plan(info, the_plan)

@@ -36,6 +36,7 @@ from reap.scores.plan import BLENDS, Protect, PrunePlan, plan
 from reap.scores.profile import METRICS, Profile
 from reap.scores.ranking import Keep, order_experts
 from reap.text.evaluation_text import Text
+from reap.text.overlap import Sketch, merge_sketches
 
 Kept = dict[int, tuple[int, ...]]
 Swap = tuple[int, int]  # (expert that goes, expert that comes)
@@ -357,7 +358,7 @@ def refine(
         raise UsageError(
             f"refine needs a time above 0 (found {seconds:g} s) and, where passes are limited, a number from 0 on"
         )
-    source = profile if isinstance(profile, Profile) else Profile.load(profile)
+    source = Profile.of(profile)
     names = _criteria(source) if metric is None else (metric,)
     protected = [protect] if isinstance(protect, str) else list(protect)
     blends = (blend,) if blend is not None else BLENDS if source.domains else BLENDS[:1]
@@ -514,9 +515,13 @@ def _described(first: PrunePlan, search: Search, judge: PlanEvaluator, seconds: 
     super_experts = [
         {**found, "kept": found["expert"] in layers[found["layer"]]} for found in first.options["super_experts"]
     ]
-    calibration = {
+    calibration = first.calibration | {
         key: [*first.calibration.get(key, ()), *(item for item in items if item not in first.calibration.get(key, ()))]
         for key, items in (("files", list(text.files)), ("sha256", digests))
     }
+    seen = Sketch()
+    for window in text.windows:
+        seen.add(window)
+    calibration["sketch"] = merge_sketches([*filter(None, [first.calibration.get("sketch")]), seen.to_dict()])
     options = {**first.options, "super_experts": super_experts, "refined": record}
     return replace(first, metric=f"{first.metric}+refined", layers=layers, calibration=calibration, options=options)

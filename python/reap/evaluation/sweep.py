@@ -473,7 +473,7 @@ def sweep(
     call that cannot work, before the model is loaded; Interrupted on Ctrl-C where `output` keeps the rows, else
     KeyboardInterrupt.
     """
-    source = profile if isinstance(profile, Profile) else Profile.load(profile)
+    source = Profile.of(profile)
     max_bytes = None if target_size is None else parse_size(target_size)
     increase = None if max_ppl_increase is None else parse_increase(max_ppl_increase)
     if keep is None and target_size is None and max_ppl_increase is None:
@@ -484,7 +484,7 @@ def sweep(
         source, _metrics(metric), _seeds(seeds), allowed_keeps(inspect(model)), choose, partial(size_after, model)
     )
     candidates = choices.grid(_keeps(keep, source))
-    candidates += choices.given(item if isinstance(item, PrunePlan) else PrunePlan.load(item) for item in plans)
+    candidates += choices.given(PrunePlan.of(item) for item in plans)
     within = {} if max_bytes is None else choices.largest_within(max_bytes)
     options = EngineOptions(
         ctx_size=ctx_size,

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from reap.errors import FormatError, MismatchError, UsageError
 from reap.files.strict_json import Node, read_json, write_json
+from reap.scores.records import SUMS
 
 FORMAT = "reap.checkpoint"
 VERSION = 1
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
 # saving may take at most about this share of the time
 _SAVING_SHARE = 0.05
 

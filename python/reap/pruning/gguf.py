@@ -112,7 +112,7 @@ def prune(
         raise UsageError("imatrix_output needs an imatrix")
     max_bytes = None if split_max_size is None else parse_size(split_max_size)
     inputs = [Path(path) for path in (plan, imatrix) if path is not None and not isinstance(path, PrunePlan)]
-    the_plan = plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
+    the_plan = PrunePlan.of(plan)
     with ExitStack() as stack:
         model = stack.enter_context(GGUFModel.open(source))
         matrix = None if imatrix is None else stack.enter_context(read_imatrix(imatrix))

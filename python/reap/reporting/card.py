@@ -58,7 +58,7 @@ def model_card(
         raise MismatchError(
             f"{before.path} is not the model that {info.path} was pruned from: its fingerprint is {before.fingerprint}"
         )
-    measured = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
+    measured = None if profile is None else Profile.of(profile)
     if measured is not None and measured.model.get("fingerprint", origin.fingerprint) != origin.fingerprint:
         raise MismatchError(f"the profile is not of the model that {info.path} was pruned from")
     judged = [read_json(path, what="evaluation", max_bytes=_MAX_BYTES) for path in evaluations]

@@ -35,7 +35,7 @@ def comparison_report(
     Raises what `compare` raises, and OutputError.
     """
     names = [item.model.get("name") or "profile" if isinstance(item, Profile) else Path(item).name for item in (a, b)]
-    first, second = (item if isinstance(item, Profile) else Profile.load(item) for item in (a, b))
+    first, second = Profile.of(a), Profile.of(b)
     result = compare(first, second, keep=keep, metric=metric, seed=seed)
     masks = mask_by(first, metric, result.keep, seed), mask_by(second, metric, result.keep, seed)
     scores = first.score(metric, seed=seed), second.score(metric, seed=seed)

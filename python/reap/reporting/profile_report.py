@@ -61,8 +61,8 @@ def report(
     Raises UsageError where a file cannot be read, FormatError where one is damaged, MismatchError where they are not of
     one model, OutputError where the page cannot be written.
     """
-    source = profile if isinstance(profile, Profile) else Profile.load(profile)
-    given = plan if plan is None or isinstance(plan, PrunePlan) else PrunePlan.load(plan)
+    source = Profile.of(profile)
+    given = None if plan is None else PrunePlan.of(plan)
     if given is not None:
         require_plan_of(source, given)
     table = sweep if sweep is None or isinstance(sweep, Sweep) else Sweep.load(sweep)

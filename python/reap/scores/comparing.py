@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from reap.files.paths import PathLike
 from reap.scores.merging import require_same_model
 from reap.scores.profile import Profile
 from reap.scores.ranking import Keep, resolve_keep, select_experts
@@ -56,8 +56,8 @@ def _or_none(value: float) -> float | None:
 
 
 def compare(
-    a: Profile | str | os.PathLike[str],
-    b: Profile | str | os.PathLike[str],
+    a: Profile | PathLike,
+    b: Profile | PathLike,
     *,
     keep: Keep = 0.5,
     metric: str = "reap",
@@ -68,7 +68,7 @@ def compare(
     One may be of a GGUF file and the other of the checkpoint that it was made of. An expert that was never routed to
     ranks below every other. MismatchError where layers, expert counts or models differ.
     """
-    first, second = (item if isinstance(item, Profile) else Profile.load(item) for item in (a, b))
+    first, second = Profile.of(a), Profile.of(b)
     require_same_model(first, second, any_form=True)
     number = resolve_keep(keep, first.n_experts, first.n_groups)
     scores = first.score(metric, seed=seed), second.score(metric, seed=seed)

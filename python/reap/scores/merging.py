@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -11,19 +10,20 @@ from typing import Any
 import numpy as np
 
 from reap.errors import MismatchError, ReapWarning, UsageError
+from reap.files.paths import PathLike
 from reap.scores.profile import Profile
-from reap.scores.records import SUMS, as_arrays, span
+from reap.scores.records import COUNTED, SUMS, as_arrays, span
 from reap.text.overlap import merge_sketches
 
 
-def merge(profiles: Iterable[Profile | str | os.PathLike[str]]) -> Profile:
+def merge(profiles: Iterable[Profile | PathLike]) -> Profile:
     """One profile of all the tokens that `profiles` (objects or files) saw; independent of their order.
 
     Sums add, norm_max is the maximum, domains merge by name, calibration records are concatenated. MismatchError where
     models, layers or expert counts differ; a ReapWarning where the routers' bytes differ (another quantisation) or a
     calibration file comes twice.
     """
-    loaded = [item if isinstance(item, Profile) else Profile.load(item) for item in profiles]
+    loaded = [Profile.of(item) for item in profiles]
     if not loaded:
         raise UsageError("merge needs at least one profile")
     for other in loaded[1:]:
@@ -113,7 +113,7 @@ def _merge_calibrations(records: list[dict[str, Any]]) -> dict[str, Any]:
         values = [record[key] for record in records if key in record]
         if all(isinstance(value, list) for value in values):
             merged[key] = [item for value in values for item in value]
-        elif key in ("samples", "tokens", "counted_tokens", "windows"):
+        elif key in COUNTED:
             merged[key] = sum(values)
         elif key == "sketch":
             merged[key] = merge_sketches(values)

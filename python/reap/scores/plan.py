@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from reap.errors import UsageError
+from reap.files.paths import PathLike
 from reap.files.strict_json import EXPERT_LIMIT, Node, read_json, write_json
 from reap.scores.profile import Profile
 from reap.scores.ranking import Keep as Keep
@@ -28,6 +29,8 @@ _MAX_BYTES = 8 << 20
 
 Protect = str | tuple[int, int]
 _PROTECT_ENTRY = re.compile(r"([0-9]{1,6})(?::([0-9]{1,7}))?", re.ASCII)
+#: Of a profile's "calibration": which files they were, and the sketch of their windows (`reap.text.overlap`).
+CALIBRATION_KEYS = ("files", "sha256", "sketch")
 _MODEL_KEYS = (
     "name",
     "architecture",
@@ -45,19 +48,22 @@ _MODEL_KEYS = (
 class PrunePlan:
     """Which experts each layer keeps.
 
-    layers       block index of each MoE layer -> ids kept, ascending; the same number, `keep`, in every layer
-    model        of the profile: n_experts, and fingerprint and the rest where known
-    calibration  "sha256" of the files that the profile saw, and their names
-    options      how it was chosen: blend, seed, protected ids, and the super experts that the profile has, protected or
-                 not; for the reader only
+    Make one with `reap.plan` or `PrunePlan.load`, which checks every field.
     """
 
     model: dict[str, Any]
+    """Of the profile: n_experts, and fingerprint and the rest where known."""
     metric: str
+    """What ranked the experts."""
     keep: int
+    """Experts that every layer keeps."""
     layers: dict[int, tuple[int, ...]]
+    """Block index of each MoE layer -> ids kept, ascending; the same number, `keep`, in every layer."""
     calibration: dict[str, Any] = field(default_factory=dict)
+    """Names and "sha256" of the files that the profile saw, and the sketch of their text (`reap.text.overlap`)."""
     options: dict[str, Any] = field(default_factory=dict)
+    """How it was chosen: blend, seed, protected ids, and the super experts that the profile has, protected or not; for
+    the reader only."""
 
     @property
     def n_experts(self) -> int:
@@ -92,12 +98,17 @@ class PrunePlan:
             "layers": {str(layer): {"kept": list(kept)} for layer, kept in self.layers.items()},
         }
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: PathLike) -> Path:
         """Write the plan as JSON, one line a layer, whole or not at all. Raises OutputError."""
         return write_json(path, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PrunePlan:
+    def of(cls, plan: PrunePlan | PathLike) -> PrunePlan:
+        """The plan itself, or the one in a file. Raises what `load` raises."""
+        return plan if isinstance(plan, PrunePlan) else cls.load(plan)
+
+    @classmethod
+    def load(cls, path: PathLike) -> PrunePlan:
         """Read a plan, which people edit. UsageError where the file cannot be read, FormatError where any field of it
         is wrong."""
         root = read_json(path, what="plan", max_bytes=_MAX_BYTES)
@@ -141,7 +152,7 @@ def _load_kept(node: Node, n_experts: int, keep: int, n_groups: int) -> tuple[in
 
 
 def plan(
-    profile: Profile | str | os.PathLike[str],
+    profile: Profile | PathLike,
     *,
     keep: Keep,
     metric: str = "reap",
@@ -166,7 +177,7 @@ def plan(
 
     Raises UsageError for a call that cannot work; the message names the numbers.
     """
-    source = profile if isinstance(profile, Profile) else Profile.load(profile)
+    source = Profile.of(profile)
     if blend not in BLENDS:
         raise UsageError(f"unknown blend {blend!r}; known: {', '.join(BLENDS)}")
     number = resolve_keep(keep, source.n_experts, source.n_groups)
@@ -185,9 +196,7 @@ def plan(
     if not source.trusted:
         options["trusted"] = False
     model = {"n_experts": source.n_experts} | {key: source.model[key] for key in _MODEL_KEYS if key in source.model}
-    calibration: dict[str, Any] = {
-        key: list(source.calibration[key]) for key in ("files", "sha256") if key in source.calibration
-    }
+    calibration = {key: deepcopy(source.calibration[key]) for key in CALIBRATION_KEYS if key in source.calibration}
     return PrunePlan(model, metric, number, layers, calibration, options)
 
 

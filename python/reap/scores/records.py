@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,20 +13,46 @@ from numpy.typing import NDArray
 from reap.files.strict_json import EXPERT_LIMIT, LAYER_LIMIT, Node
 from reap.text.overlap import read_sketch
 
-if TYPE_CHECKING:
-    pass
-
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
-_LAYER_KEY = re.compile(r"0|[1-9][0-9]{0,5}", re.ASCII)
+
+class Sums(TypedDict):
+    """The five sums, each float64 [n_layers, n_experts]: `Profile` says of what. The order is that of a file."""
+
+    gate_sum: Floats
+    norm_sum: Floats
+    gated_norm_sum: Floats
+    gated_norm_sq_sum: Floats
+    norm_max: Floats
+
+
+class Arrays(Sums):
+    """What is measured of a set of tokens: the sums, and what they are sums over."""
+
+    total_tokens: Sequence[int] | Counts
+    counts: Counts
+
+
+#: Their names; the last is the maximum of its kind, all others add.
+SUMS = tuple(Sums.__annotations__)
+#: Numbers of things in a file's "calibration": those of merged profiles add.
+COUNTED = ("samples", "tokens", "counted_tokens", "windows", "skipped", "failed")
+ARRAYS = ("total_tokens", "counts", *SUMS)
+LAYER_KEY = re.compile(r"0|[1-9][0-9]{0,5}", re.ASCII)
 MOST_TOKENS = 1 << 50  # so that sums of counts fit an int64, and a product with one a double
 
 
 def span(layers: Counts) -> str:
     known = layers.tolist()
     return ", ".join(map(str, known)) if len(known) <= 8 else f"{len(known)} of them from {known[0]} to {known[-1]}"
+
+
+def mean(total: Floats, counts: NDArray[Any]) -> Floats:
+    """float64: total / counts, NaN where nothing was counted."""
+    quotient: Floats = np.full(counts.shape, np.nan)
+    np.divide(total, counts, out=quotient, where=counts > 0)
+    return quotient
 
 
 # ---- checks that hold for every profile, wherever it came from
@@ -73,7 +99,7 @@ def check_calibration(record: Node) -> None:
         if key in record:
             for index in range(len(record[key].entries())):
                 record[key].entry(index).string()
-    for key in ("samples", "tokens", "counted_tokens", "windows", "skipped"):
+    for key in COUNTED:
         if key in record:
             record[key].integer(0, MOST_TOKENS)
     if "sketch" in record:
@@ -85,7 +111,7 @@ def layer_nodes(layers: Node) -> dict[int, Node]:
     number."""
     nodes = {}
     for key, node in layers.items():
-        if not _LAYER_KEY.fullmatch(key):
+        if not LAYER_KEY.fullmatch(key):
             node.fail("is no layer number")
         nodes[int(key)] = Node(node.value, f"{layers.where.removesuffix(': layers')}: layer {key}")
     if not 0 < len(nodes) <= LAYER_LIMIT:

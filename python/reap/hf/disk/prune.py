@@ -125,7 +125,7 @@ def prune(
 
 def _choose(plan: Any, profile: Any, keep: Keep | None, metric: str) -> PrunePlan:
     if plan is not None and profile is None and keep is None:
-        return plan if isinstance(plan, PrunePlan) else PrunePlan.load(plan)
+        return PrunePlan.of(plan)
     if plan is None and profile is not None and keep is not None:
         return make_plan(profile, keep=keep, metric=metric)
     raise UsageError("give either a plan, or a profile and keep")

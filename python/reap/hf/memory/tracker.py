@@ -12,8 +12,7 @@ from torch.nn.functional import pad
 
 from reap.errors import UsageError
 from reap.scores.ranking import select_experts
-
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+from reap.scores.records import SUMS
 
 
 class LayerSums:
