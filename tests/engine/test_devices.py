@@ -220,7 +220,9 @@ def test_a_server_that_is_gone_is_not_asked(model: Path) -> None:
         wait_for(port)
         script = f"""
 import sys
-from reap.engine import EngineOptions, devices, open_session
+from reap.engine.devices import devices
+from reap.engine.options import EngineOptions
+from reap.engine.session import open_session
 open_session({str(model)!r}, EngineOptions(rpc=["127.0.0.1:{port}"]))
 assert any("127.0.0.1:{port}" in device.description for device in devices())
 print("used", flush=True)

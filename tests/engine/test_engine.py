@@ -175,7 +175,8 @@ def test_quantised_kernels_agree_with_floats(tmp_path: Path, kind: GGMLQuantizat
 CHILD = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[2])
-from reap.engine import EngineOptions, open_session
+from reap.engine.options import EngineOptions
+from reap.engine.session import open_session
 session = open_session(sys.argv[1], EngineOptions(ctx_size=4096, ubatch_size=4096, batch_size=4096, threads=1))
 session.start_profile([0, 1, 2, 3, 4, 5, 6, 7], 64)
 tokens = np.zeros(4096, np.int32)

@@ -85,7 +85,8 @@ def test_virtual_pruning_is_refused_by_name(tmp_path: Path) -> None:
     write_hashed(write_model(require_tool("test-llama-archs"), "deepseek4", tmp_path), hashed)
     code = f"""
 import numpy as np
-from reap.engine import EngineOptions, open_session
+from reap.engine.options import EngineOptions
+from reap.engine.session import open_session
 from reap.errors import UnsupportedModelError
 from reap.gguf.model_info import inspect
 session = open_session({str(hashed)!r}, EngineOptions({EXACT}))

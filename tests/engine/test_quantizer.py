@@ -189,7 +189,7 @@ def test_a_child_that_dies_is_an_error_and_leaves_nothing(
     )
     child.write_text(script)
     monkeypatch.setattr(quantizer, "__file__", str(tmp_path / "quantizer.py"))
-    child.rename(tmp_path / "_quantizer_child.py")
+    child.rename(tmp_path / "_quantize_child.py")
     with pytest.raises(
         EngineError, match=r"could not be quantised: .*GGML_ASSERT\(n > 0\) failed / the engine was ended by SIGABRT$"
     ):

@@ -20,7 +20,7 @@ import reap
 from reap.cli import main
 from reap.engine.session import open_session
 from reap.errors import Interrupted, MismatchError, ReapWarning, UsageError
-from reap.evaluation import evaluate as evaluator
+from reap.evaluation import plan_evaluator
 from reap.text.evaluation_text import EvaluationText
 
 DATA = Path(reap.__file__).parent / "data"
@@ -101,7 +101,7 @@ def test_the_best_at_each_size(table: reap.Sweep) -> None:
 def test_the_weights_are_loaded_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     monkeypatch.setattr(
-        evaluator, "open_session", lambda *args, **more: opened.append(args) or open_session(*args, **more)
+        plan_evaluator, "open_session", lambda *args, **more: opened.append(args) or open_session(*args, **more)
     )
     found = reap.sweep(
         MODEL, work / "profile.json", work / "c.txt", keep=[0.5, 8], metric=["reap", "frequency"], **OPTIONS

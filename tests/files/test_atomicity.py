@@ -22,7 +22,7 @@ import pytest
 
 from helpers.gguf_builder import build_moe
 from reap.errors import FormatError, OutputError
-from reap.gguf import writer
+from reap.files import atomic, ranges
 from reap.gguf.model_info import inspect
 from reap.pruning.gguf import prune
 from reap.scores.plan import PrunePlan
@@ -202,7 +202,7 @@ def test_names_of_a_set_appear_last_and_the_first_at_the_very_end(
     folder, options = folder_of(source), {"split_max_size": "1.2M", "force": True}
     expected = wanted(source, **options)
     prune(source, folder / "s.gguf", plan_for(source, "a"), **options)
-    real, given = writer._publish, []
+    real, given = atomic._publish, []
 
     class Killed(BaseException):
         pass
@@ -218,7 +218,7 @@ def test_names_of_a_set_appear_last_and_the_first_at_the_very_end(
         raise OSError
 
     unlink = os.unlink
-    monkeypatch.setattr(writer, "_publish", publish)
+    monkeypatch.setattr(atomic, "_publish", publish)
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: os.unlink(path))
     monkeypatch.setattr(os, "unlink", unlink)
     with suppress(Killed):
@@ -270,7 +270,7 @@ def test_a_disk_that_fills_up_is_an_error_and_nothing_stays(
         with pytest.raises(OutputError, match=r"needs [\d,]+ bytes, but only [\d,]+ are free"):
             prune(source, disk / "s.gguf", plan_for(source), **options)
         assert names(disk) == []
-        monkeypatch.setattr(writer, "check_space", lambda *_: None)  # others fill it while we write
+        monkeypatch.setattr(atomic, "check_space", lambda *_: None)  # others fill it while we write
         with pytest.raises(OutputError, match="the disk is full; nothing was left behind"):
             prune(source, disk / "s.gguf", plan_for(source), **options)
         assert names(disk) == []
@@ -348,7 +348,7 @@ def test_the_cache_keeps_what_was_in_it_and_nothing_else(tmp_path: Path, monkeyp
     # what it wrote is only told to the disk, and the source's pages stay
     assert all(fd != "source" for fd, *_ in forgotten)
     forgotten.clear()
-    monkeypatch.setattr(writer, "is_cached", lambda *_: False)
+    monkeypatch.setattr(ranges, "is_cached", lambda *_: False)
     prune(source, tmp_path / "cold.gguf", plan)
     for advice in (os.POSIX_FADV_WILLNEED, os.POSIX_FADV_DONTNEED):
         assert sum(n_bytes for fd, _, n_bytes, kind in forgotten if fd == "source" and kind == advice) >= 32 << 20

@@ -22,11 +22,10 @@ import gguf
 from gguf import GGUFValueType
 from helpers.gguf_builder import build_moe
 from reap.errors import FormatError, OutputError, UsageError
-from reap.files import copying
+from reap.files import atomic, copying
 from reap.files.atomic import check_output, check_space, write
 from reap.files.copying import Copier
 from reap.files.ranges import Span, merge_spans
-from reap.gguf import writer
 from reap.gguf.reader import GGUFFile, ValueType
 from reap.gguf.writer import NewFile, NewTensor, edit_metadata, encode_pair
 from reap.progress import Progress
@@ -244,6 +243,8 @@ def test_a_real_limit_on_file_size_is_an_output_error(source: GGUFFile, tmp_path
     script = f"""
 import resource, sys
 from reap.gguf.reader import GGUFFile
+from reap.files.atomic import *
+from reap.files.ranges import *
 from reap.gguf.writer import *
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 with GGUFFile.open({str(source.path)!r}) as file:
@@ -291,6 +292,8 @@ def test_a_source_that_shrinks_is_a_format_error_and_leaves_nothing(tmp_path: Pa
 SLOW_WRITER = """
 import sys, time
 from reap.gguf.reader import GGUFFile
+from reap.files.atomic import *
+from reap.files.ranges import *
 from reap.gguf.writer import *
 with GGUFFile.open(sys.argv[1]) as file:
     tensors = tuple(NewTensor(t.name, t.shape, t.type, (Span(file, t.offset_bytes,
@@ -333,7 +336,7 @@ def test_a_temporary_file_unlinked_before_its_lock_is_made_anew(
             (tmp_path / taken[0]).unlink()
         real(fd, operation)
 
-    monkeypatch.setattr(writer, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
+    monkeypatch.setattr(atomic, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
     write(tmp_path / "copy.gguf", copy_of(source))
     assert len(taken) == 1
     assert (tmp_path / "copy.gguf").read_bytes() == source.path.read_bytes()
@@ -439,7 +442,7 @@ def test_a_directory_without_permission_is_an_output_error(
     source: GGUFFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as root every directory can be written, so the answer of the system is played
-    monkeypatch.setattr(writer, "_create_locked", fail_with(errno.EACCES))
+    monkeypatch.setattr(atomic, "_create_locked", fail_with(errno.EACCES))
     with pytest.raises(OutputError, match="Permission denied"):
         write(tmp_path / "copy.gguf", copy_of(source))
 

@@ -284,7 +284,7 @@ def test_converter_that_was_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_importing_reap_hf_imports_nothing_heavy() -> None:
     code = (
-        "import sys, reap.hf, reap.hf.converter; print(sorted({'torch', 'transformers', 'numpy', 'reap._core'} &"
+        "import sys, reap.hf, reap.hf.disk.convert; print(sorted({'torch', 'transformers', 'numpy', 'reap._core'} &"
         " set(sys.modules)))"
     )
     assert (

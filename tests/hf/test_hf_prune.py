@@ -557,7 +557,7 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
         (tmp_path, {"force": True}, "holds it"),
         (tmp_path / "file", {"force": True}, "is not a directory"),
         (tmp_path / "home", {}, "exists already"),
-        (tmp_path / "home", {"force": True}, "it is no checkpoint"),
+        (tmp_path / "home", {"force": True}, "so it is not a directory that"),
         (tmp_path / "no" / "where", {}, "there is no directory"),
         (tmp_path / "out", {"verify": "twice"}, "unknown verify"),
     ):
@@ -645,7 +645,7 @@ def test_a_writer_that_was_killed_is_cleaned_up_after(tmp_path: Path) -> None:
     build(tmp_path / "in", qwen(), config())
     plan_of().save(tmp_path / "plan.json")
     code = (
-        "import sys, time\nfrom reap.hf import disk_pruner\n"
+        "import sys, time\nfrom reap.hf.disk import prune as disk_pruner\n"
         "disk_pruner._verify = lambda *a, **k: (print('written', flush=True), time.sleep(60))\n"
         "disk_pruner.prune(*sys.argv[1:4])"
     )

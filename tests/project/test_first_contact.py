@@ -17,12 +17,12 @@ import pytest
 
 import reap
 from reap.cli import main
+from reap.engine import devices as engine
 from reap.engine import native
-from reap.engine import options as engine
 from reap.engine.devices import Backend, Device
 from reap.errors import NativeModuleMissing
 
-PACKAGE = Path(native.__file__).parent
+PACKAGE = Path(native.__file__).parent.parent
 
 
 # ---- the version
@@ -106,8 +106,8 @@ def test_why_a_library_cannot_be_loaded(message: str, tmp_path: Path) -> None:
 
 
 def copy_of_the_package(folder: Path, *, core: str | None, content: bytes = b"") -> None:
-    (folder / "reap").mkdir()
-    for name in ("__init__.py", "errors.py", "native.py"):
+    (folder / "reap" / "engine").mkdir(parents=True)
+    for name in ("__init__.py", "errors.py", "engine/__init__.py", "engine/native.py"):
         shutil.copy(PACKAGE / name, folder / "reap" / name)
     if core:
         (folder / "reap" / core).write_bytes(content)
