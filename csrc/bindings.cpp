@@ -2,6 +2,7 @@
 #include "devices.h"
 #include "errors.h"
 #include "quantizer.h"
+#include "scoring.h"
 #include "session.h"
 
 #include <pybind11/functional.h>
@@ -10,6 +11,10 @@
 #include <pybind11/stl.h>
 
 #include <numeric>
+#include <optional>
+#include <regex>
+#include <string>
+#include <vector>
 
 namespace py = pybind11;
 using reap::Session;
@@ -18,6 +23,39 @@ using reap::SessionOptions;
 namespace {
 
 using Ids = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+// What the engine or a file says is bytes: what is not UTF-8 in it is shown as U+FFFD.
+py::str to_text(const std::string & bytes) {
+    return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace"));
+}
+
+py::list to_texts(const std::vector<std::string> & lines) {
+    py::list texts;
+    for (const std::string & line : lines) {
+        texts.append(to_text(line));
+    }
+    return texts;
+}
+
+// A path as the file system has it, from what os.fspath takes: str (with surrogates for what is not UTF-8), bytes, PathLike.
+std::string to_path(const py::object & path) {
+    PyObject * bytes = nullptr;
+    if (PyUnicode_FSConverter(path.ptr(), &bytes) == 0) {
+        throw py::error_already_set();
+    }
+    return py::reinterpret_steal<py::bytes>(bytes);
+}
+
+py::str from_path(const std::string & path) {
+    return py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<py::ssize_t>(path.size())));
+}
+
+template <typename Options, typename Class>
+void def_path(Class & options, const char * name, std::string Options::* path) {
+    options.def_property(
+        name, [path](const Options & self) { return from_path(self.*path); },
+        [path](Options & self, const py::object & value) { self.*path = to_path(value); });
+}
 
 template <typename T>
 py::array_t<T> to_numpy(const std::vector<T> & values, const std::vector<py::ssize_t> & shape) {
@@ -43,10 +81,6 @@ auto run(Session & session, Work && work) {
         return work();
     } catch (const reap::Interrupted &) {
         throw std::move(*signal);
-    } catch (const std::bad_alloc &) {
-        throw reap::EngineError("there is not enough memory; a smaller ctx-size, ubatch-size or cache type needs less");
-    } catch (const std::out_of_range & error) {
-        throw reap::EngineError(std::string("the engine failed: ") + error.what());
     }
 }
 
@@ -72,34 +106,24 @@ py::dict sums(const Session & session, size_t group) {
         throw py::index_error("group");
     }
     const reap::Sums sums = session.sums(group);
-    const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(sums.total_tokens.size()),
-                                            static_cast<py::ssize_t>(session.n_experts())};
+    const auto n_layers = static_cast<py::ssize_t>(sums.total_tokens.size());
+    const auto n_experts = static_cast<py::ssize_t>(session.n_experts());
     py::dict result;
-    result["counts"] = to_numpy(sums.counts, shape);
-    result["gate_sum"] = to_numpy(sums.gate, shape);
-    result["norm_sum"] = to_numpy(sums.norm, shape);
-    result["gated_norm_sum"] = to_numpy(sums.gated_norm, shape);
-    result["gated_norm_sq_sum"] = to_numpy(sums.gated_norm_sq, shape);
-    result["norm_max"] = to_numpy(sums.norm_max, shape);
-    result["total_tokens"] = to_numpy(sums.total_tokens, {shape[0]});
+    reap::for_each_field([&](const auto & field) {
+        result[field.name] = to_numpy(sums.*field.values, field.per_expert ? std::vector<py::ssize_t>{n_layers, n_experts} : std::vector{n_layers});
+    });
     return result;
 }
 
 template <typename T>
-std::vector<T> from_numpy(const py::dict & arrays, const char * name) {
+void from_numpy(const py::dict & arrays, const char * name, std::vector<T> & values) {
     const auto array = py::cast<py::array_t<T, py::array::c_style | py::array::forcecast>>(arrays[name]);
-    return {array.data(), array.data() + array.size()};
+    values.assign(array.data(), array.data() + array.size());
 }
 
 void restore(Session & session, size_t group, const py::dict & arrays, int64_t n_units) {
     reap::Sums sums;
-    sums.counts = from_numpy<int64_t>(arrays, "counts");
-    sums.gate = from_numpy<double>(arrays, "gate_sum");
-    sums.norm = from_numpy<double>(arrays, "norm_sum");
-    sums.gated_norm = from_numpy<double>(arrays, "gated_norm_sum");
-    sums.gated_norm_sq = from_numpy<double>(arrays, "gated_norm_sq_sum");
-    sums.norm_max = from_numpy<double>(arrays, "norm_max");
-    sums.total_tokens = from_numpy<int64_t>(arrays, "total_tokens");
+    reap::for_each_field([&](const auto & field) { from_numpy(arrays, field.name, sums.*field.values); });
     session.restore(group, sums, n_units);
 }
 
@@ -119,13 +143,13 @@ std::vector<int32_t> to_vector(const Ids & ids) {
 
 py::array_t<float> logits(Session & session, const Ids & tokens, size_t first) {
     const std::vector<int32_t> ids = to_vector(tokens);
-    const std::vector<float> values = run(session, [&] { return session.logits(ids, first); });
+    const std::vector<float> values = run(session, [&] { return reap::logits(session, ids, first); });
     return to_numpy(values, {static_cast<py::ssize_t>(ids.size() - first), session.n_vocab()});
 }
 
 py::array_t<double> log_probs(Session & session, const Ids & tokens, size_t first) {
     const std::vector<int32_t> ids = to_vector(tokens);
-    const std::vector<double> values = run(session, [&] { return session.log_probs(ids, first); });
+    const std::vector<double> values = run(session, [&] { return reap::log_probs(session, ids, first); });
     return to_numpy(values, {static_cast<py::ssize_t>(values.size())});
 }
 
@@ -145,7 +169,7 @@ py::dict predictions(const reap::Predictions & found) {
 
 py::dict predict_top(Session & session, const Ids & tokens, size_t first, size_t n_top) {
     const std::vector<int32_t> window = to_vector(tokens);
-    return predictions(run(session, [&] { return session.predict_top(window, first, n_top); }));
+    return predictions(run(session, [&] { return reap::predict_top(session, window, first, n_top); }));
 }
 
 py::dict predict_ids(Session & session, const Ids & tokens, size_t first, const Ids & ids) {
@@ -154,12 +178,12 @@ py::dict predict_ids(Session & session, const Ids & tokens, size_t first, const 
     }
     const std::vector<int32_t> window = to_vector(tokens), wanted = to_vector(ids);
     const auto n_ids = static_cast<size_t>(ids.shape(1));
-    return predictions(run(session, [&] { return session.predict_ids(window, first, wanted, n_ids); }));
+    return predictions(run(session, [&] { return reap::predict_ids(session, window, first, wanted, n_ids); }));
 }
 
 py::array_t<int32_t> generate(Session & session, const Ids & tokens, size_t n_new) {
     const std::vector<int32_t> prompt = to_vector(tokens);
-    const std::vector<int32_t> found = run(session, [&] { return session.generate(prompt, n_new); });
+    const std::vector<int32_t> found = run(session, [&] { return reap::generate(session, prompt, n_new); });
     return to_numpy(found, {static_cast<py::ssize_t>(found.size())});
 }
 
@@ -168,8 +192,22 @@ void set_kept(Session & session, const std::optional<reap::RouterMask::Kept> & k
 }
 
 py::array_t<int32_t> tokenize(const Session & session, const py::bytes & text, bool add_special, bool parse_special) {
-    const std::vector<int32_t> ids = session.tokenize(text, add_special, parse_special);
+    const std::string bytes = text;
+    std::vector<int32_t> ids;
+    {
+        const py::gil_scoped_release released;
+        ids = session.tokenizer().tokenize(bytes, add_special, parse_special);
+    }
     return to_numpy(ids, {static_cast<py::ssize_t>(ids.size())});
+}
+
+bool sees_the_future(Session & session) {
+    return run(session, [&] { return reap::sees_the_future(session); });
+}
+
+std::optional<py::str> chat_template(const Session & session) {
+    const std::optional<std::string> text = session.chat_template();
+    return text ? std::optional<py::str>(to_text(*text)) : std::nullopt;
 }
 
 py::list devices(const std::vector<std::string> & answering) {
@@ -177,10 +215,10 @@ py::list devices(const std::vector<std::string> & answering) {
     py::list result;
     for (const reap::DeviceInfo & info : reap::list_devices(answering)) {
         py::dict device;
-        device["name"] = info.name;
-        device["description"] = info.description;
+        device["name"] = to_text(info.name);
+        device["description"] = to_text(info.description);
         device["kind"] = info.kind;
-        device["buffer_type"] = info.buffer_type;
+        device["buffer_type"] = to_text(info.buffer_type);
         device["free_bytes"] = info.free_bytes;
         device["total_bytes"] = info.total_bytes;
         result.append(device);
@@ -193,18 +231,19 @@ py::list backends() {
     py::list result;
     for (const reap::BackendInfo & info : reap::list_backends()) {
         py::dict backend;
-        backend["name"] = info.name;
-        backend["library"] = info.library;
+        backend["name"] = to_text(info.name);
+        backend["library"] = from_path(info.library);
         backend["n_devices"] = info.n_devices;
         result.append(backend);
     }
     return result;
 }
 
-void load_backends(const std::string & folder) {
-    reap::start_engine();
+void load_backends(const py::object & folder) {
+    const std::string path = to_path(folder);
     const py::gil_scoped_release released;
-    reap::load_backends(folder);
+    reap::start_engine();
+    reap::load_backends(path);
 }
 
 void serve_rpc(const std::string & endpoint, int threads) {
@@ -214,12 +253,13 @@ void serve_rpc(const std::string & endpoint, int threads) {
 }
 
 // `progress` runs inside the engine, which must not see an exception of Python's: it is kept, and raised when the engine is done.
-void quantize(const reap::QuantizeOptions & options, const py::function & progress) {
+py::dict quantize(const reap::QuantizeOptions & options, const py::function & progress) {
     reap::start_engine();
     std::optional<py::error_already_set> failure;
+    std::vector<reap::Fallback> fallbacks;
     {
         const py::gil_scoped_release released;
-        reap::quantize(options, [&](int begun, int total) {
+        fallbacks = reap::quantize(options, [&](int begun, int total) {
             const py::gil_scoped_acquire gil;
             try {
                 if (!failure) {
@@ -233,6 +273,13 @@ void quantize(const reap::QuantizeOptions & options, const py::function & progre
     if (failure) {
         throw std::move(*failure);
     }
+    py::list fell_back;
+    for (const reap::Fallback & fallback : fallbacks) {
+        fell_back.append(py::make_tuple(to_text(fallback.tensor), to_text(fallback.wanted), to_text(fallback.got)));
+    }
+    py::dict result;
+    result["fallbacks"] = fell_back;
+    return result;
 }
 
 double quantized_size(const reap::QuantizeOptions & options) {
@@ -241,11 +288,13 @@ double quantized_size(const reap::QuantizeOptions & options) {
     return reap::quantized_size(options);
 }
 
+// One name of `reap.errors`, raised with a message that may not be UTF-8.
+void raise(const char * type, const std::string & message) {
+    PyErr_SetObject(py::module_::import("reap.errors").attr(type).ptr(), to_text(message).ptr());
+}
+
 void register_errors() {
     py::register_exception_translator([](std::exception_ptr pending) {
-        const auto raise = [](const char * type, const char * message) {
-            PyErr_SetString(py::module_::import("reap.errors").attr(type).ptr(), message);
-        };
         try {
             if (pending) {
                 std::rethrow_exception(pending);
@@ -256,20 +305,21 @@ void register_errors() {
             raise("EngineError", error.what());
         } catch (const reap::UsageError & error) {
             raise("UsageError", error.what());
+        } catch (const std::bad_alloc &) {
+            raise("EngineError", "there is not enough memory; a smaller ctx-size, ubatch-size or cache type needs less");
+        } catch (const std::logic_error & error) {  // what the C++ library throws inside the engine: at(), stoi(), a length
+            raise("EngineError", std::string("the engine failed: ") + error.what());
+        } catch (const std::regex_error & error) {
+            raise("EngineError", std::string("the engine failed: ") + error.what());
         }
     });
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_core, m) {
-    m.attr("__llama_cpp_commit__") = REAP_LLAMA_CPP_COMMIT;
-    register_errors();
-
-    py::class_<SessionOptions>(m, "SessionOptions")
-        .def(py::init<>())
-        .def_readwrite("model_path", &SessionOptions::model_path)
-        .def_readwrite("model_bytes", &SessionOptions::model_bytes)
+void define_session_options(py::module_ & m) {
+    py::class_<SessionOptions> options(m, "SessionOptions");
+    options.def(py::init<>());
+    def_path(options, "model_path", &SessionOptions::model_path);
+    options.def_readwrite("model_bytes", &SessionOptions::model_bytes)
         .def_readwrite("ctx_size", &SessionOptions::ctx_size)
         .def_readwrite("batch_size", &SessionOptions::batch_size)
         .def_readwrite("ubatch_size", &SessionOptions::ubatch_size)
@@ -278,6 +328,7 @@ PYBIND11_MODULE(_core, m) {
         .def_readwrite("gpu_layers", &SessionOptions::gpu_layers)
         .def_readwrite("devices", &SessionOptions::devices)
         .def_readwrite("override_tensors", &SessionOptions::override_tensors)
+        .def_readwrite("kv_overrides", &SessionOptions::kv_overrides)
         .def_readwrite("rpc", &SessionOptions::rpc)
         .def_readwrite("type_k", &SessionOptions::type_k)
         .def_readwrite("type_v", &SessionOptions::type_v)
@@ -288,13 +339,15 @@ PYBIND11_MODULE(_core, m) {
         .def_readwrite("head_on_host", &SessionOptions::head_on_host)
         .def_readwrite("reduce_on_device", &SessionOptions::reduce_on_device)
         .def_readwrite("stop_early", &SessionOptions::stop_early);
+}
 
+void define_quantizer(py::module_ & m) {
     using reap::QuantizeOptions;
-    py::class_<QuantizeOptions>(m, "QuantizeOptions")
-        .def(py::init<>())
-        .def_readwrite("input", &QuantizeOptions::input)
-        .def_readwrite("output", &QuantizeOptions::output)
-        .def_readwrite("type", &QuantizeOptions::type)
+    py::class_<QuantizeOptions> options(m, "QuantizeOptions");
+    options.def(py::init<>());
+    def_path(options, "input", &QuantizeOptions::input);
+    def_path(options, "output", &QuantizeOptions::output);
+    options.def_readwrite("type", &QuantizeOptions::type)
         .def_readwrite("threads", &QuantizeOptions::threads)
         .def_readwrite("allow_requantize", &QuantizeOptions::allow_requantize)
         .def_readwrite("pure", &QuantizeOptions::pure)
@@ -305,23 +358,30 @@ PYBIND11_MODULE(_core, m) {
         .def_readwrite("metadata", &QuantizeOptions::metadata)
         .def(
             "set_imatrix",
-            [](QuantizeOptions & options, const std::string & name, const py::array_t<float, py::array::c_style> & values) {
-                options.imatrix[name].assign(values.data(), values.data() + values.size());
+            [](QuantizeOptions & self, const std::string & name, const py::array_t<float, py::array::c_style> & values) {
+                self.imatrix[name].assign(values.data(), values.data() + values.size());
             },
             py::arg("name"), py::arg("values"));
     m.def("quantize_types", &reap::quantize_types);
     m.def("tensor_types", &reap::tensor_types);
     m.def("quantized_size", &quantized_size, py::arg("options"));
     m.def("quantize", &quantize, py::arg("options"), py::arg("progress"));
+}
 
+void define_devices(py::module_ & m) {
     m.def("devices", &devices, py::arg("answering"));
     m.def("rpc_servers", &reap::rpc_servers);
     m.def("backends", &backends);
     m.def("load_backends", &load_backends, py::arg("folder"));
     m.def("serve_rpc", &serve_rpc, py::arg("endpoint"), py::arg("threads"));
+    m.def("kv_cache_types", &reap::kv_cache_types);
+}
 
-    py::class_<Session>(m, "Session")
-        .def(py::init<const SessionOptions &>(), py::arg("options"), py::call_guard<py::gil_scoped_release>())
+using SessionClass = py::class_<Session>;
+
+void define_what_a_session_is(SessionClass & session) {
+    const auto of_tokenizer = [](auto get) { return [get](const Session & self) { return std::invoke(get, self.tokenizer()); }; };
+    session.def(py::init<const SessionOptions &>(), py::arg("options"), py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("n_vocab", &Session::n_vocab)
         .def_property_readonly("n_ctx_train", &Session::n_ctx_train)
         .def_property_readonly("ctx_size", &Session::ctx_size)
@@ -329,18 +389,24 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("ubatch_size", &Session::ubatch_size)
         .def_property_readonly("n_sequences", &Session::n_sequences)
         .def_property_readonly("threads", &Session::threads)
-        .def_property_readonly("has_tokenizer", &Session::has_tokenizer)
-        .def_property_readonly("add_bos", &Session::add_bos)
-        .def_property_readonly("add_eos", &Session::add_eos)
-        .def_property_readonly("bos", &Session::bos)
-        .def_property_readonly("eos", &Session::eos)
-        .def_property_readonly("chat_template", &Session::chat_template)
+        .def_property_readonly("has_tokenizer", of_tokenizer(&reap::Tokenizer::exists))
+        .def_property_readonly("add_bos", of_tokenizer(&reap::Tokenizer::add_bos))
+        .def_property_readonly("add_eos", of_tokenizer(&reap::Tokenizer::add_eos))
+        .def_property_readonly("bos", of_tokenizer(&reap::Tokenizer::bos))
+        .def_property_readonly("eos", of_tokenizer(&reap::Tokenizer::eos))
+        .def_property_readonly("chat_template", &chat_template)
+        .def("warnings", [](const Session & self) { return to_texts(self.warnings()); })
         .def("tokenize", &tokenize, py::arg("text"), py::arg("add_special"), py::arg("parse_special"))
-        .def("token_text", [](const Session & session, int token) { return py::bytes(session.token_text(token)); }, py::arg("token"))
+        .def("token_text", [](const Session & self, int token) { return py::bytes(self.tokenizer().token_text(token)); }, py::arg("token"))
+        .def("ends_generation", [](const Session & self, int token) { return self.tokenizer().ends_generation(token); }, py::arg("token"));
+}
+
+void define_what_a_session_does(SessionClass & session) {
+    session
         .def(
             "start_profile",
-            [](Session & session, const std::vector<int> & layers, size_t n_experts) {
-                run(session, [&] { session.start_profile(layers, n_experts); });
+            [](Session & self, const std::vector<int> & layers, size_t n_experts) {
+                run(self, [&] { self.start_profile(layers, n_experts); });
             },
             py::arg("layers"), py::arg("n_experts"))
         .def("profile_batch", &profile_batch, py::arg("tokens"), py::arg("positions"), py::arg("sequences"), py::arg("groups"))
@@ -349,7 +415,7 @@ PYBIND11_MODULE(_core, m) {
         .def("restore", &restore, py::arg("group"), py::arg("sums"), py::arg("n_units"))
         .def_property_readonly("units", &Session::units)
         .def("discard", &Session::discard)
-        .def_property_readonly("n_groups", [](const Session & session) { return session.n_groups(); })
+        .def_property_readonly("n_groups", &Session::n_groups)
         .def("sums", &sums, py::arg("group"))
         .def("collector_stats", &collector_stats)
         .def("logits", &logits, py::arg("tokens"), py::arg("first"))
@@ -357,6 +423,19 @@ PYBIND11_MODULE(_core, m) {
         .def("predict_top", &predict_top, py::arg("tokens"), py::arg("first"), py::arg("n_top"))
         .def("predict_ids", &predict_ids, py::arg("tokens"), py::arg("first"), py::arg("ids"))
         .def("generate", &generate, py::arg("tokens"), py::arg("n_new"))
-        .def("ends_generation", &Session::ends_generation, py::arg("token"))
+        .def("sees_the_future", &sees_the_future)
         .def("set_kept", &set_kept, py::arg("kept").none(true));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.attr("__llama_cpp_commit__") = REAP_LLAMA_CPP_COMMIT;
+    register_errors();
+    define_devices(m);
+    define_session_options(m);
+    define_quantizer(m);
+    SessionClass session(m, "Session");
+    define_what_a_session_is(session);
+    define_what_a_session_does(session);
 }

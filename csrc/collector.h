@@ -2,7 +2,7 @@
 // tensors of a routing and feeds the saliency sums. No I/O, no maths.
 //
 // A graph is learnt once, from a survey pass that stops nowhere: which nodes carry a layer's ids, gates and outputs in their last
-// form, and whether ids and gates still hold their values when the output has been computed (the allocator reuses memory behind
+// form, and whether ids and gates still hold their values when the output has been computed (the allocator reuses memory after
 // a tensor's last reader). Where they do not, the collector stops at them as well.
 #pragma once
 
@@ -42,7 +42,7 @@ class Collector {
     void set_reduce_on_device(bool reduce) { reader_.set_reduce_on_device(reduce); }
     // false: let the rest of the graph run after the last MoE layer, for comparison
     void set_stop_early(bool stop) { stop_early_ = stop; }
-    // true: go on behind the last MoE layer to the hidden states for a prediction block, and keep those of the batch
+    // true: go on after the last MoE layer to the hidden states for a prediction block, and keep those of the batch
     void set_keep_hidden(bool keep) { keep_hidden_ = keep; }
     const std::vector<float> & hidden() const { return hidden_; }  // [n_tokens][n_embd]
 

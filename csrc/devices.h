@@ -4,6 +4,7 @@
 #include "ggml-backend.h"
 
 #include <cstdint>
+#include <shared_mutex>
 #include <string>
 #include <vector>
 
@@ -29,22 +30,36 @@ struct BackendInfo {
 
 std::vector<BackendInfo> list_backends();
 
-// Loads the backends that are modules of their own (GGML_BACKEND_DL) from a folder: of the CPU's variants the best that runs here, of
-// the others what can be loaded. Does nothing where backends are linked.
+// Loads the backends that are modules of their own (GGML_BACKEND_DL) from a folder, once per process: of the CPU's variants the best
+// that runs here, of the others what can be loaded. Does nothing where backends are linked. EngineError where no CPU backend runs here.
 void load_backends(const std::string & folder);
 
-// Adds the devices of RPC servers ("host:port") to those of this process, once each.
+// The engine's list of devices belongs to the process and is not guarded by the engine: what reads it holds this lock (a session while it
+// loads, say), and what adds to it waits for them. Functions of this header take it themselves, unless they say that they want it held.
+using DevicesLock = std::shared_lock<std::shared_mutex>;
+DevicesLock lock_devices();
+
+// Adds the devices of RPC servers ("host:port") to those of this process, once each. UsageError for a server's name that cannot be,
+// EngineError where no device is found there. The engine ends the process where nothing listens: try that before.
 void add_rpc_servers(const std::vector<std::string> & endpoints);
 
-// The servers that sessions of this process have added, and whether there are any.
+// The servers that sessions of this process have added.
 std::vector<std::string> rpc_servers();
-bool rpc_servers_known();
 
-// The devices to use where nobody names any: this machine's, and those of the servers named. Servers that an earlier session added stay
-// known to the engine, which would take them as well.
-std::vector<ggml_backend_dev_t> default_devices(const std::vector<std::string> & endpoints);
+// The devices that a model is to be loaded on, in order; nothing: the engine's own choice. `names`: as --device takes them, empty for this
+// machine's and those of the servers `endpoints`. Servers of an earlier session stay known to the engine, which would take them as well.
+// UsageError for a name that is not there. Wants the lock held.
+struct DeviceChoice {
+    bool                            is_set = false;
+    std::vector<ggml_backend_dev_t> devices;
+};
+DeviceChoice choose_devices(const DevicesLock & lock, const std::vector<std::string> & names, const std::vector<std::string> & endpoints);
 
-// Serves this machine's devices over llama.cpp's RPC protocol until the process ends. The protocol trusts whoever connects.
+// The buffer type that --override-tensor names. UsageError where there is none. Wants the lock held.
+ggml_backend_buffer_type_t find_buffer_type(const DevicesLock & lock, const std::string & name);
+
+// Serves this machine's devices over llama.cpp's RPC protocol until the process ends. The protocol trusts every
+// machine that connects.
 void serve_rpc(const std::string & endpoint, int n_threads);
 
 }  // namespace reap

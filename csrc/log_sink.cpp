@@ -3,50 +3,59 @@
 #include "llama.h"
 
 #include <algorithm>
-#include <atomic>
 #include <deque>
-#include <mutex>
 
 namespace reap {
 
 namespace {
 
 constexpr size_t MAX_LINES = 8;
-constexpr size_t MAX_LINE = 400;
+constexpr size_t MAX_WARNINGS = 64;
+constexpr size_t MAX_LINE = 400;  // bytes
 constexpr size_t QUOTED = 2;
 
-std::mutex mutex;
-std::deque<std::string> lines;
-std::string pending;
-ggml_log_level pending_level = GGML_LOG_LEVEL_NONE;
-std::atomic<const LogListener *> listening = nullptr;
+// What one thread logged.
+struct Record {
+    std::deque<std::string>  lines;
+    std::vector<std::string> warnings;
+    std::string              pending;
+    ggml_log_level           pending_level = GGML_LOG_LEVEL_NONE;
+    const LogListener *      listener = nullptr;
+};
+
+thread_local Record record;
 
 void keep_line() {
-    while (!pending.empty() && (pending.back() == '\n' || pending.back() == ' ')) {
-        pending.pop_back();
+    std::string line = std::move(record.pending);
+    record.pending.clear();
+    line.erase(line.find_last_not_of("\n ") + 1);
+    if (line.empty() || (record.pending_level != GGML_LOG_LEVEL_ERROR && record.pending_level != GGML_LOG_LEVEL_WARN)) {
+        return;
     }
-    if (!pending.empty() && (pending_level == GGML_LOG_LEVEL_ERROR || pending_level == GGML_LOG_LEVEL_WARN)) {
-        lines.push_back(pending.substr(0, MAX_LINE));
-        if (lines.size() > MAX_LINES) {
-            lines.pop_front();
-        }
+    line.resize(std::min(line.size(), MAX_LINE));
+    auto & warnings = record.warnings;
+    if (record.pending_level == GGML_LOG_LEVEL_WARN && warnings.size() < MAX_WARNINGS &&
+        std::find(warnings.begin(), warnings.end(), line) == warnings.end()) {
+        warnings.push_back(line);
     }
-    pending.clear();
+    record.lines.push_back(std::move(line));
+    if (record.lines.size() > MAX_LINES) {
+        record.lines.pop_front();
+    }
 }
 
 void sink(ggml_log_level level, const char * text, void * /*user_data*/) {
-    if (const LogListener * listener = listening) {
-        (*listener)(text);  // without the lock: it may wait for another that belongs to someone who waits for this one
+    if (record.listener != nullptr) {
+        (*record.listener)(text);
     }
-    const std::lock_guard<std::mutex> lock(mutex);
     if (level != GGML_LOG_LEVEL_CONT) {
         keep_line();
-        pending_level = level;
+        record.pending_level = level;
     }
-    if (pending.size() < MAX_LINE) {
-        pending += text;
+    if (record.pending.size() < MAX_LINE) {
+        record.pending += text;
     }
-    if (!pending.empty() && pending.back() == '\n') {
+    if (!record.pending.empty() && record.pending.back() == '\n') {
         keep_line();
     }
 }
@@ -58,13 +67,13 @@ void install_log_sink() {
 }
 
 void clear_log() {
-    const std::lock_guard<std::mutex> lock(mutex);
-    lines.clear();
-    pending.clear();
+    record.lines.clear();
+    record.warnings.clear();
+    record.pending.clear();
 }
 
 std::string log_tail() {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const auto & lines = record.lines;
     std::string tail;
     for (size_t i = lines.size() > QUOTED ? lines.size() - QUOTED : 0; i < lines.size(); ++i) {
         tail += (tail.empty() ? "" : "; ") + lines[i];
@@ -72,12 +81,21 @@ std::string log_tail() {
     return tail;
 }
 
+std::string with_log(const std::string & message) {
+    const std::string tail = log_tail();
+    return tail.empty() ? message : message + ": " + tail;
+}
+
+std::vector<std::string> log_warnings() {
+    return record.warnings;
+}
+
 ListenToLog::ListenToLog(const LogListener & listener) {
-    listening = &listener;
+    record.listener = &listener;
 }
 
 ListenToLog::~ListenToLog() {
-    listening = nullptr;
+    record.listener = nullptr;
 }
 
 }  // namespace reap

@@ -134,6 +134,28 @@ struct Parameters {
     }
 };
 
+// Hears in the log which tensors fell back (src/llama-quant.cpp, tensor_type_fallback: one line, in pieces).
+class FallbackListener {
+  public:
+    void hear(const std::string & text) {
+        char tensor[128] = "";
+        char type[32] = "";
+        if (std::sscanf(text.c_str(), "warning: %127s - ncols %*d not divisible by %*d (required for type %31[^)]", tensor, type) == 2) {
+            under_way_ = {tensor, type, ""};
+        } else if (!under_way_.tensor.empty() && std::sscanf(text.c_str(), "-> falling back to %31s", type) == 1) {
+            under_way_.got = type;
+            found_.push_back(std::move(under_way_));
+            under_way_ = {};
+        }
+    }
+
+    std::vector<Fallback> found() const { return found_; }
+
+  private:
+    Fallback              under_way_;
+    std::vector<Fallback> found_;
+};
+
 void run(const QuantizeOptions & options, const llama_model_quantize_params & values, const LogListener & listener) {
     clear_log();
     const ListenToLog listening(listener);
@@ -171,15 +193,18 @@ double quantized_size(const QuantizeOptions & options) {
     return mebibytes * 1024 * 1024;
 }
 
-void quantize(const QuantizeOptions & options, const std::function<void(int, int)> & progress) {
+std::vector<Fallback> quantize(const QuantizeOptions & options, const std::function<void(int, int)> & progress) {
     const Parameters parameters(options);
-    run(options, parameters.values, [&progress](const std::string & text) {
+    FallbackListener fallbacks;
+    run(options, parameters.values, [&](const std::string & text) {
         int begun = 0;
         int total = 0;
         if (std::sscanf(text.c_str(), "[%d/%d]", &begun, &total) == 2) {  // the same place
             progress(begun, total);
         }
+        fallbacks.hear(text);
     });
+    return fallbacks.found();
 }
 
 }  // namespace reap

@@ -12,7 +12,7 @@
 namespace reap {
 
 struct QuantizeOptions {
-    std::string input;  // the first file of a split model
+    std::string input;  // the first file of a split model; paths are bytes, as the file system has them
     std::string output;
     std::string type;                  // a name of `quantize_types`
     int         threads = 0;           // 0: as many as the machine has
@@ -26,6 +26,11 @@ struct QuantizeOptions {
     std::vector<std::pair<std::string, std::variant<std::string, int64_t>>> metadata;  // keys to add to the output
 };
 
+// A tensor whose shape does not allow the type that it should have got, and what it got instead (names of ggml types).
+struct Fallback {
+    std::string tensor, wanted, got;
+};
+
 // Names that `type` may have -> llama.cpp's number of the file type.
 std::map<std::string, int> quantize_types();
 
@@ -35,7 +40,8 @@ std::vector<std::string> tensor_types();
 // Computes nothing and writes nothing: the size of the output's tensors in bytes, exact to a hundredth of a MiB.
 double quantized_size(const QuantizeOptions & options);
 
-// Writes `output`. `progress` is called with (tensors begun, tensors in all). Throws EngineError with the end of llama.cpp's log, UsageError.
-void quantize(const QuantizeOptions & options, const std::function<void(int, int)> & progress);
+// Writes `output`. `progress` is called with (tensors begun, tensors in all). Returns what fell back to another type, in the file's order.
+// Throws EngineError with the end of llama.cpp's log, UsageError.
+std::vector<Fallback> quantize(const QuantizeOptions & options, const std::function<void(int, int)> & progress);
 
 }  // namespace reap

@@ -10,35 +10,58 @@ namespace reap {
 
 namespace {
 
-Sums zero_sums(size_t n_layers, size_t n_experts) {
-    const size_t n = n_layers * n_experts;
-    const std::vector<double> zeros(n, 0.0);
-    return {std::vector<int64_t>(n, 0), zeros, zeros, zeros, zeros, zeros, std::vector<int64_t>(n_layers, 0)};
+// Calls work(first, n) with the part of a field's array that belongs to a layer.
+template <typename Field, typename Work>
+void with_row(const Field & field, size_t layer, size_t n_experts, const Work & work) {
+    const size_t n = field.per_expert ? n_experts : 1;
+    work(layer * n, n);
 }
 
-// Adds row `layer` of `from` to `to` and sets it to zero.
-void move_row(Sums & from, Sums & to, size_t layer, size_t n_experts) {
-    for (size_t i = layer * n_experts; i < (layer + 1) * n_experts; ++i) {
-        to.counts[i] += from.counts[i];
-        to.gate[i] += from.gate[i];
-        to.norm[i] += from.norm[i];
-        to.gated_norm[i] += from.gated_norm[i];
-        to.gated_norm_sq[i] += from.gated_norm_sq[i];
-        to.norm_max[i] = std::max(to.norm_max[i], from.norm_max[i]);
-    }
-    to.total_tokens[layer] += from.total_tokens[layer];
+// Joins row `layer` of `from` to `to`.
+void join_row(Sums & to, const Sums & from, size_t layer, size_t n_experts) {
+    for_each_field([&](const auto & field) {
+        auto & total = to.*field.values;
+        const auto & waiting = from.*field.values;
+        with_row(field, layer, n_experts, [&](size_t first, size_t n) {
+            for (size_t i = first; i < first + n; ++i) {
+                total[i] = field.join == Join::Max ? std::max(total[i], waiting[i]) : total[i] + waiting[i];
+            }
+        });
+    });
 }
 
 void clear_row(Sums & sums, size_t layer, size_t n_experts) {
-    const size_t first = layer * n_experts;
-    std::fill_n(sums.counts.begin() + first, n_experts, 0);
-    for (auto * values : {&sums.gate, &sums.norm, &sums.gated_norm, &sums.gated_norm_sq, &sums.norm_max}) {
-        std::fill_n(values->begin() + first, n_experts, 0.0);
-    }
-    sums.total_tokens[layer] = 0;
+    for_each_field([&](const auto & field) {
+        auto & values = sums.*field.values;
+        with_row(field, layer, n_experts, [&](size_t first, size_t n) {
+            std::fill_n(values.begin() + static_cast<std::ptrdiff_t>(first), n, 0);
+        });
+    });
 }
 
 }  // namespace
+
+Sums::Sums(size_t n_layers, size_t n_experts) {
+    for_each_field([&](const auto & field) { (this->*field.values).assign(field.per_expert ? n_layers * n_experts : n_layers, 0); });
+}
+
+void append_layers(Sums & to, const Sums & from) {
+    for_each_field([&](const auto & field) {
+        auto & values = to.*field.values;
+        values.insert(values.end(), (from.*field.values).begin(), (from.*field.values).end());
+    });
+}
+
+Sums split_last_layer(Sums & sums, size_t n_experts) {
+    Sums last;
+    for_each_field([&](const auto & field) {
+        auto & values = sums.*field.values;
+        const auto first = values.end() - static_cast<std::ptrdiff_t>(std::min(field.per_expert ? n_experts : 1, values.size()));
+        (last.*field.values).assign(first, values.end());
+        values.erase(first, values.end());
+    });
+    return last;
+}
 
 Saliency::Saliency(size_t n_layers, size_t n_experts) : n_layers_(n_layers), n_experts_(n_experts) {
     reserve_groups(1);
@@ -49,8 +72,8 @@ void Saliency::reserve_groups(size_t n_groups) {
         throw UsageError("the calibration has more than " + std::to_string(MAX_GROUPS) + " domains");
     }
     if (n_groups > total_.size()) {
-        total_.resize(n_groups, zero_sums(n_layers_, n_experts_));
-        pending_.resize(n_groups, zero_sums(n_layers_, n_experts_));
+        total_.resize(n_groups, Sums(n_layers_, n_experts_));
+        pending_.resize(n_groups, Sums(n_layers_, n_experts_));
         touched_.resize(n_groups * n_layers_, 0);
     }
 }
@@ -79,10 +102,10 @@ void Saliency::add(size_t layer, const Routing & routing, const int32_t * groups
             }
             const size_t i = layer * n_experts_ + static_cast<size_t>(expert);
             sums.counts[i] += 1;
-            sums.gate[i] += gate;
-            sums.norm[i] += norm;
-            sums.gated_norm[i] += gated;
-            sums.gated_norm_sq[i] += gated * gated;
+            sums.gate_sum[i] += gate;
+            sums.norm_sum[i] += norm;
+            sums.gated_norm_sum[i] += gated;
+            sums.gated_norm_sq_sum[i] += gated * gated;
             sums.norm_max[i] = std::max(sums.norm_max[i], norm);
         }
     }
@@ -92,7 +115,7 @@ void Saliency::commit() {
     for (size_t group = 0; group < total_.size(); ++group) {
         for (size_t layer = 0; layer < n_layers_; ++layer) {
             if (touched_[group * n_layers_ + layer]) {
-                move_row(pending_[group], total_[group], layer, n_experts_);
+                join_row(total_[group], pending_[group], layer, n_experts_);
             }
         }
     }
@@ -100,15 +123,17 @@ void Saliency::commit() {
 }
 
 void Saliency::restore(size_t group, const Sums & sums) {
-    const size_t n = n_layers_ * n_experts_;
-    for (const auto * values : {&sums.gate, &sums.norm, &sums.gated_norm, &sums.gated_norm_sq, &sums.norm_max}) {
-        if (values->size() != n) {
-            throw UsageError("the sums to go on from are of another model");
+    if (group >= MAX_GROUPS) {
+        throw UsageError("there is no group " + std::to_string(group) + "; the last is " + std::to_string(MAX_GROUPS - 1));
+    }
+    for_each_field([&](const auto & field) {
+        const size_t expected = field.per_expert ? n_layers_ * n_experts_ : n_layers_;
+        const size_t found = (sums.*field.values).size();
+        if (found != expected) {
+            throw UsageError(std::string("the sums to go on from are of another model: ") + field.name + " has " + std::to_string(found) +
+                             " values, expected " + std::to_string(expected));
         }
-    }
-    if (sums.counts.size() != n || sums.total_tokens.size() != n_layers_) {
-        throw UsageError("the counts to go on from are of another model");
-    }
+    });
     reserve_groups(group + 1);
     total_[group] = sums;
 }

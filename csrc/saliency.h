@@ -4,8 +4,10 @@
 //   count, Σ g, Σ ‖f‖, Σ g·‖f‖, Σ (g·‖f‖)², max ‖f‖        (REAP is Σ g·‖f‖ / count; arXiv:2510.13999)
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 namespace reap {
@@ -21,17 +23,55 @@ struct Routing {
     bool            gate_in_norm = false;
 };
 
-// The sums of one group (a domain, say): arrays [n_layers][n_experts], and the tokens that each layer saw.
+// The sums of one group (a domain, say).
 struct Sums {
-    std::vector<int64_t> counts;
-    std::vector<double>  gate, norm, gated_norm, gated_norm_sq, norm_max;
-    std::vector<int64_t> total_tokens;  // [n_layers]
+    std::vector<int64_t> counts;             // [n_layers][n_experts], as all that follow except the last
+    std::vector<double>  gate_sum;           // Σ g
+    std::vector<double>  norm_sum;           // Σ ‖f‖
+    std::vector<double>  gated_norm_sum;     // Σ g·‖f‖
+    std::vector<double>  gated_norm_sq_sum;  // Σ (g·‖f‖)²
+    std::vector<double>  norm_max;           // max ‖f‖
+    std::vector<int64_t> total_tokens;       // [n_layers]: the tokens that each layer saw
+
+    Sums() = default;
+    Sums(size_t n_layers, size_t n_experts);  // all zero
 };
+
+// What is done with a value that waits when it joins the totals.
+enum class Join { Add, Max };
+
+template <typename T>
+struct SumsField {
+    const char *           name;  // in Python and in files
+    std::vector<T> Sums::* values;
+    bool                   per_expert;  // [n_layers][n_experts], else [n_layers]
+    Join                   join;
+};
+
+// The only list of the fields: whatever has to touch all of them goes through for_each_field.
+inline constexpr auto SUMS_FIELDS = std::make_tuple(
+    SumsField<int64_t>{"counts", &Sums::counts, true, Join::Add}, SumsField<double>{"gate_sum", &Sums::gate_sum, true, Join::Add},
+    SumsField<double>{"norm_sum", &Sums::norm_sum, true, Join::Add},
+    SumsField<double>{"gated_norm_sum", &Sums::gated_norm_sum, true, Join::Add},
+    SumsField<double>{"gated_norm_sq_sum", &Sums::gated_norm_sq_sum, true, Join::Add},
+    SumsField<double>{"norm_max", &Sums::norm_max, true, Join::Max},
+    SumsField<int64_t>{"total_tokens", &Sums::total_tokens, false, Join::Add});
+static_assert(sizeof(Sums) == std::tuple_size_v<decltype(SUMS_FIELDS)> * sizeof(std::vector<double>), "a field of Sums is not in the list");
+
+template <typename Visit>
+void for_each_field(const Visit & visit) {
+    std::apply([&visit](const auto &... field) { (visit(field), ...); }, SUMS_FIELDS);
+}
+
+// Adds the layers of `from` behind those of `to`.
+void append_layers(Sums & to, const Sums & from);
+
+// Takes the last layer's row off.
+Sums split_last_layer(Sums & sums, size_t n_experts);
 
 class Saliency {
   public:
     static constexpr int32_t NOT_COUNTED = -1;
-
     static constexpr size_t  MAX_GROUPS = 4096;
 
     Saliency(size_t n_layers, size_t n_experts);

@@ -1,10 +1,13 @@
-"""The native core: llama.cpp with a collector in its graph. Import it through `reap._native` only."""
+"""The native core: llama.cpp with a collector in its graph. Import it through `reap.engine.native` only."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+_Path = str | bytes | os.PathLike[str]  # given; read back as str, with surrogates for what is not UTF-8
 
 __llama_cpp_commit__: str
 
@@ -19,12 +22,15 @@ def devices(answering: list[str]) -> list[dict[str, Any]]:
 def backends() -> list[dict[str, Any]]:
     """name ("CPU", "CUDA", "RPC", ...), library (the file it was loaded from): str; n_devices: int."""
 
-def load_backends(folder: str) -> None:
+def load_backends(folder: _Path) -> None:
     """Load the backends that are modules of their own from a folder; nothing where they are linked. Raises
     `reap.errors.EngineError` where none of the CPU backends runs on this processor."""
 
 def serve_rpc(endpoint: str, threads: int) -> None:
     """Serve this machine's devices over llama.cpp's RPC protocol; returns only where that fails at once."""
+
+def kv_cache_types() -> list[str]:
+    """Names that `SessionOptions.type_k` and `type_v` may have."""
 
 def quantize_types() -> dict[str, int]:
     """Names that `QuantizeOptions.type` may have -> llama.cpp's number of the file type."""
@@ -35,8 +41,11 @@ def tensor_types() -> list[str]:
 def quantized_size(options: QuantizeOptions) -> float:
     """Bytes of the output's tensors, exact to a hundredth of a MiB; writes nothing. Raises as `quantize`."""
 
-def quantize(options: QuantizeOptions, progress: Callable[[int, int], object]) -> None:
+def quantize(options: QuantizeOptions, progress: Callable[[int, int], object]) -> dict[str, Any]:
     """Write `options.output`. progress: (tensors begun, tensors in all). Nothing stops it but the end of its process.
+
+    fallbacks: list[tuple[str, str, str]], the tensors whose shape does not allow the type that they should have got,
+    that type, and the one they got instead (names of `tensor_types`).
 
     Raises `reap.errors.EngineError` with the end of llama.cpp's log, `reap.errors.UsageError` for a type it does not
     know.
@@ -45,8 +54,14 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], object]) -
 class QuantizeOptions:
     """What a GGUF file becomes. Strings are empty and lists too where nothing was asked."""
 
-    input: str  # the first file of a split model
-    output: str
+    @property
+    def input(self) -> str: ...  # the first file of a split model
+    @input.setter
+    def input(self, value: _Path) -> None: ...
+    @property
+    def output(self) -> str: ...
+    @output.setter
+    def output(self, value: _Path) -> None: ...
     type: str  # a name of `quantize_types`
     threads: int  # 0: as many as the machine has
     allow_requantize: bool
@@ -55,26 +70,34 @@ class QuantizeOptions:
     output_tensor_type: str  # a name of `tensor_types`
     token_embedding_type: str
     tensor_types: list[tuple[str, str]]  # (regular expression of names, ggml type)
-    metadata: list[tuple[str, str | int]]  # keys to add to the output
+    metadata: list[tuple[str, str | bytes | int]]  # keys to add to the output
     def __init__(self) -> None: ...
     def set_imatrix(self, name: str, values: NDArray[np.float32]) -> None:
         """The importance of each column of a weight: float32 [n_matrices * n_in]."""
 
 class SessionOptions:
-    """What a `Session` is opened with; every field has the engine's own default where 0 or an empty value allows it."""
+    """What a `Session` is opened with; every field has the engine's own default where 0 or an empty value allows it.
 
-    model_path: str
-    model_bytes: int  # of its files, which are mapped; 0 where nobody counted
+    What cannot be is a `reap.errors.UsageError` when the session is opened, and never the end of the process.
+    """
+
+    @property
+    def model_path(self) -> str: ...
+    @model_path.setter
+    def model_path(self, value: _Path) -> None: ...
+    model_bytes: int  # of its files, which are mapped; 0 where they were not counted
     ctx_size: int  # tokens of one sequence; 0: the model's own
     batch_size: int  # tokens of one decode; n_batch = n_ubatch unless set apart
     ubatch_size: int
     n_sequences: int  # sequences that share one batch
-    threads: int  # 0: as many as the machine has cores
+    threads: int  # 0: as many as the machine has cores; at most 512
     gpu_layers: int  # negative: all
     devices: list[str]
     override_tensors: list[tuple[str, str]]  # (regular expression of tensor names, buffer type's name)
+    # (key of the model's metadata, "int", "float", "bool" or "str", value); key and value of at most 127 bytes
+    kv_overrides: list[tuple[str, str, str]]
     rpc: list[str]  # "host:port"
-    type_k: str
+    type_k: str  # a name of `kv_cache_types`
     type_v: str
     flash_attn: str  # "auto", "on" or "off"
     prediction_layer: int  # the multi-token-prediction block with experts that is to be profiled; -1: none
@@ -118,8 +141,17 @@ class Session:
     @property
     def eos(self) -> int: ...  # -1: none
     @property
-    def chat_template(self) -> str | None: ...
-    def tokenize(self, text: bytes, add_special: bool, parse_special: bool) -> NDArray[np.int32]: ...
+    def chat_template(self) -> str | None: ...  # U+FFFD for what is not UTF-8
+    def warnings(self) -> list[str]:
+        """What the engine warned of while this session was opened, and a context beyond training: lines, each once."""
+
+    def tokenize(self, text: bytes, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
+        """Ids int32 [n]. On a stack as large as the text can need, so that no long run ends the process.
+
+        Raises `reap.errors.EngineError` for a text that cannot be tokenised here, `reap.errors.UsageError` where there
+        is no tokenizer.
+        """
+
     def token_text(self, token: int) -> bytes: ...
     def start_profile(self, layers: list[int], n_experts: int) -> None:
         """Learn the model's graph from a two-token pass and prepare empty sums. `layers`: the MoE layers of the file,
@@ -184,13 +216,16 @@ class Session:
         """The same about the tokens `ids` int32 [n, k]; what it returns has no "ids"."""
 
     def generate(self, tokens: NDArray[np.int32], n_new: int) -> NDArray[np.int32]:
-        """The most probable tokens one after another behind `tokens`: n_new, or fewer where one ends the text, which is
-        the last then.
+        """The most probable tokens one after another, following `tokens`: n_new, or fewer where one ends the text; then
+        that is the last.
 
         `UnsupportedModelError` for a model without a cache (diffusion).
         """
 
     def ends_generation(self, token: int) -> bool: ...
+    def sees_the_future(self) -> bool:
+        """Whether what the model says at a position depends on later tokens (diffusion models): tried on 8 tokens."""
+
     def set_kept(self, kept: dict[int, list[int]] | None) -> None:
         """From now on run as if each MoE layer (GGUF block index) had only the experts `kept[layer]`; None: all of them
         again.

@@ -5,6 +5,7 @@
 #include "moe_graph.h"
 #include "router_mask.h"
 #include "saliency.h"
+#include "scoring.h"
 #include "session.h"
 #include "tensor_read.h"
 
@@ -74,9 +75,9 @@ static void test_saliency_sums() {
     const Sums & second = saliency.sums(1);
     CHECK(first.counts[4 + 0] == 1 && first.counts[4 + 3] == 1 && first.counts[4 + 1] == 0);
     CHECK(first.total_tokens[0] == 0 && first.total_tokens[1] == 1);
-    CHECK(first.gated_norm[4 + 3] == 0.5 && first.gated_norm_sq[4 + 3] == 0.25);
-    CHECK(second.counts[4 + 2] == 1 && second.gate[4 + 0] == 2.0 && second.norm_max[4 + 0] == 32.0);
-    CHECK(second.gated_norm[4 + 0] == 64.0);
+    CHECK(first.gated_norm_sum[4 + 3] == 0.5 && first.gated_norm_sq_sum[4 + 3] == 0.25);
+    CHECK(second.counts[4 + 2] == 1 && second.gate_sum[4 + 0] == 2.0 && second.norm_max[4 + 0] == 32.0);
+    CHECK(second.gated_norm_sum[4 + 0] == 64.0);
 
     saliency.add(0, {experts, gates, norms, 2, 3}, groups);
     saliency.discard();
@@ -263,10 +264,10 @@ static void test_model(const std::string & path, size_t n_experts, const std::ve
     tokens[3] = session.n_vocab();
     CHECK(throws<UsageError>([&] { run(0, 32); }));
     tokens[3] = 0;
-    CHECK(session.logits(tokens, 48).size() == 2 * static_cast<size_t>(session.n_vocab()));
-    CHECK(session.log_probs(tokens, 25).size() == 24);
+    CHECK(logits(session, tokens, 48).size() == 2 * static_cast<size_t>(session.n_vocab()));
+    CHECK(log_probs(session, tokens, 25).size() == 24);
 
-    const std::vector<float> whole = session.logits(tokens, 0);
+    const std::vector<float> whole = logits(session, tokens, 0);
     RouterMask::Kept kept;
     for (const int layer : layers) {
         for (size_t expert = 0; expert < n_experts; expert += 2) {
@@ -274,14 +275,14 @@ static void test_model(const std::string & path, size_t n_experts, const std::ve
         }
     }
     session.set_kept(kept);
-    CHECK(session.logits(tokens, 0) != whole);
+    CHECK(logits(session, tokens, 0) != whole);
     asked = false;
     session.set_poll([&] { return asked = true; });
-    CHECK(throws<Interrupted>([&] { session.logits(tokens, 0); }));
+    CHECK(throws<Interrupted>([&] { logits(session, tokens, 0); }));
     CHECK(asked);
     session.set_poll(nullptr);
     session.set_kept(std::nullopt);
-    CHECK(session.logits(tokens, 0) == whole);
+    CHECK(logits(session, tokens, 0) == whole);
 }
 
 int main(int argc, char ** argv) {

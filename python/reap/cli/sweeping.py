@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,6 @@ from reap.cli.options import (
     with_engine_options,
 )
 from reap.cli.show import bytes_text, console, number_text, print_json, print_table, progress_bar, say
-from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
 
 if TYPE_CHECKING:
     from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict
@@ -31,7 +30,7 @@ CURVE_HEIGHT = 14
 CURVE_WIDTH = 64
 
 
-@with_engine_options(ctx_size=EVALUATION_CTX_SIZE)
+@with_engine_options(ctx_size=512)
 def sweep(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
     profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it.")],
@@ -72,7 +71,7 @@ def sweep(
     ] = None,
     json: Json = False,
     *,
-    engine: EngineArguments,
+    engine: dict[str, Any],
 ) -> None:
     """PlanEvaluator many sizes and criteria on held-out text, without writing a model; the weights are loaded once."""
     if output is not None:

@@ -1,0 +1,86 @@
+#include "context.h"
+
+#include "errors.h"
+#include "log_sink.h"
+#include "memory_guard.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+namespace reap {
+
+namespace {
+
+// Whether the engine's last words are about memory (ggml-alloc, ggml-backend, llama-kv-cache, and what the C++ library throws).
+bool is_about_memory(const std::string & log) {
+    for (const char * words : {"alloc", "out of memory", "length_error", "vector::_M"}) {
+        if (log.find(words) != std::string::npos) {
+            return true;
+        }
+    }
+    return false;
+}
+
+std::string cannot_be_made(const SessionOptions & options, uint32_t n_ctx) {
+    const char * advice = is_about_memory(log_tail()) ? " (a smaller ctx-size, ubatch-size or cache type needs less memory)" : "";
+    return with_log(options.model_path + ": the engine cannot make a context of " + std::to_string(n_ctx) + " tokens" + advice);
+}
+
+}  // namespace
+
+Context::Context(llama_model * model, const SessionOptions & options, Collector & collector, RouterMask * mask, const Context * trunk)
+    : batch_size_(static_cast<size_t>(options.batch_size)), collector_(collector), mask_(mask) {
+    llama_context_params params = context_parameters(options);
+    params.cb_eval = Collector::callback;
+    params.cb_eval_user_data = &collector;
+    if (trunk != nullptr) {
+        params.ctx_type = LLAMA_CONTEXT_TYPE_MTP;
+        params.ctx_other = trunk->context_.get();
+    }
+    const MemoryGuard guard;
+    context_.reset(llama_init_from_model(model, params));
+    if (!context_) {
+        throw EngineError(cannot_be_made(options, params.n_ctx));
+    }
+}
+
+bool Context::has_cache() const { return llama_get_memory(context_.get()) != nullptr; }
+
+void Context::forget(bool with_data) { llama_memory_clear(llama_get_memory(context_.get()), with_data); }
+
+void Context::decode(const TokenBatch & batch, const int8_t * wanted, float * hidden) {
+    if (batch.n_tokens == 0 || batch.n_tokens > batch_size_) {
+        throw UsageError("a batch of " + std::to_string(batch.n_tokens) + " tokens, expected 1 to batch-size, which is " + std::to_string(batch_size_));
+    }
+    std::vector<int32_t> tokens(batch.tokens, batch.tokens + batch.n_tokens);
+    std::vector<int32_t> positions(batch.positions, batch.positions + batch.n_tokens);
+    std::vector<int32_t> sequences(batch.sequences, batch.sequences + batch.n_tokens);
+    std::vector<int32_t> n_sequences(batch.n_tokens, 1);
+    std::vector<int32_t *> sequence_of(batch.n_tokens);
+    std::vector<int8_t> outputs(wanted, wanted + batch.n_tokens);
+    for (size_t i = 0; i < batch.n_tokens; ++i) {
+        sequence_of[i] = &sequences[i];
+    }
+    const llama_batch native{static_cast<int32_t>(batch.n_tokens), tokens.data(),      hidden, positions.data(),
+                             n_sequences.data(),                   sequence_of.data(), outputs.data()};
+    clear_log();
+    if (mask_ != nullptr) {
+        mask_->begin_batch();
+    }
+    const int32_t status = llama_decode(context_.get(), native);
+    llama_synchronize(context_.get());
+    collector_.rethrow();
+    if (status != 0) {
+        const char * reason = status == 1 ? "the context is full" : status == 2 ? "it was aborted" : "it failed";
+        throw EngineError(with_log("the engine could not run a batch of " + std::to_string(batch.n_tokens) + " tokens: " + reason +
+                                   " (status " + std::to_string(status) + ")"));
+    }
+    if (mask_ != nullptr) {
+        mask_->check_batch(batch.n_tokens, static_cast<size_t>(std::count(wanted, wanted + batch.n_tokens, int8_t{1})));
+    }
+}
+
+const float * Context::logits(size_t i) const { return llama_get_logits_ith(context_.get(), static_cast<int32_t>(i)); }
+
+}  // namespace reap
