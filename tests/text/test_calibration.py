@@ -140,7 +140,6 @@ def test_blank_lines_bom_and_crlf(tmp_path: Path) -> None:
         (b'"text"', "should be an object on one line"),
         (b"{}", "should have one of .* found nothing"),
         (b'{"prompt": "a", "answer": "b"}', 'found "prompt", "answer"'),
-        (b'{"text": "a", "tokens": [1]}', 'should have one of .* found "text", "tokens"'),
         (b'{"text": 5}', "text should be a string, found the number 5"),
         (b'{"text": null}', "text should be a string, found null"),
         (b'{"prompt": "a", "response": ["b"]}', "response should be a string, found a list"),
@@ -172,7 +171,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
 
 
 def test_a_line_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reap.text.samples.LINE_LIMIT", 1000)
+    monkeypatch.setattr("reap.text.rows.LINE_LIMIT", 1000)
     write(tmp_path / "c.jsonl", {"text": "x"}, {"text": "x" * 1000})
     with pytest.raises(CalibrationError, match=r"c\.jsonl:2: the line is longer than"):
         windows_of(tmp_path / "c.jsonl")
@@ -188,7 +187,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path, content: bytes) -> None:
 def test_a_missing_file_is_a_wrong_call(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read the calibration: No such file"):
         windows_of(tmp_path / "absent.jsonl")
-    with pytest.raises(UsageError, match="Is a directory"):
+    with pytest.raises(UsageError, match=r"the folder holds no data; expected files named \.jsonl .*found nothing"):
         windows_of(tmp_path)
 
 
@@ -217,8 +216,10 @@ def test_sources_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_source_of_another_kind() -> None:
-    with pytest.raises(UsageError, match="found dict"):
+    with pytest.raises(UsageError, match=r"a: cannot read .* of the domain 'text'.* a list of one dictionary"):
         windows_of({"text": "a"})
+    with pytest.raises(UsageError, match="found int"):
+        windows_of(3)
     with pytest.raises(CalibrationError, match="sample 1: should be a dictionary, found int"):
         windows_of([3])
 
@@ -228,7 +229,7 @@ def test_a_text_file_is_one_sample_in_windows(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "t.txt").write_bytes(text.encode())
     whole = ByteTokenizer().tokenize(text.removeprefix("\ufeff"), add_special=True, parse_special=True)
     for block in (4 << 20, 64, 7):
-        monkeypatch.setattr("reap.text.samples._BLOCK", block)
+        monkeypatch.setattr("reap.text.samples.BLOCK", block)
         calibration = Calibration(tmp_path / "t.txt", ctx_size=100)
         windows = list(calibration.windows(ByteTokenizer()))
         assert [int(token) for w in windows for token in w.tokens] == whole
@@ -238,7 +239,7 @@ def test_a_text_file_is_one_sample_in_windows(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_text_without_lines_is_still_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reap.text.samples._BLOCK", 64)
+    monkeypatch.setattr("reap.text.samples.BLOCK", 64)
     monkeypatch.setattr("reap.text.samples.LINE_LIMIT", 100)
     (tmp_path / "t.txt").write_text("x" * 1000)
     assert sum(len(w.tokens) for w in windows_of(tmp_path / "t.txt", ctx_size=64)) == 1001

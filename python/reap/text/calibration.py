@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -17,7 +18,8 @@ from reap.errors import CalibrationError, UsageError
 from reap.text.encoding import NO_TEMPLATE, Encoder, read_template
 from reap.text.encoding import Tokenizer as Tokenizer
 from reap.text.overlap import Sketch
-from reap.text.samples import Sample, SampleReader, Source
+from reap.text.sample import Sample, SampleLeftOut
+from reap.text.samples import FileRecord, SampleReader, Source
 
 MASKS = ("all", "response")
 DOMAINS_LIMIT = 256
@@ -50,7 +52,7 @@ class Window:
 class Calibration:
     """A calibration source and how to read it; `windows` streams it, `summary` says afterwards what was read.
 
-    source         `SampleReader`: a path, "-", a list of paths, or dictionaries
+    source         `SampleReader`: a path, "-", a folder, a list of paths, a mapping of domains to these, dictionaries
     ctx_size       longest window; a longer sample is split, nothing of it is dropped, and only its first window has BOS
     chat_template  "none": prompt and response are joined by a newline. "auto": they are a user and an assistant turn of
                    the model's template. A path: of the template in that file. Lines with messages always take the
@@ -59,6 +61,8 @@ class Calibration:
                    "all": count all
     parse_special  read special tokens in text and pairs; in what a template wrote they are always read
     max_tokens     stop after that many tokens, in the middle of a sample if need be
+    columns        role -> name, for data whose names are none of those that are known: {"text": "story"}
+    skip_bad_lines leave out lines that cannot be used, and count them by reason, where they are an error otherwise
 
     Raises UsageError for an option that cannot work.
     """
@@ -72,6 +76,8 @@ class Calibration:
         mask: str = "all",
         parse_special: bool = True,
         max_tokens: int | None = None,
+        columns: Mapping[str, str] | None = None,
+        skip_bad_lines: bool = False,
     ) -> None:
         if mask not in MASKS:
             raise UsageError(f"mask is {mask!r}, expected one of {', '.join(MASKS)}")
@@ -84,7 +90,7 @@ class Calibration:
         self.max_tokens = max_tokens
         self.chat_template = os.fspath(chat_template)
         self.template_source = read_template(self.chat_template)
-        self._reader = SampleReader(source)
+        self._reader = SampleReader(source, columns=columns, skip_bad_lines=skip_bad_lines)
         self._reset()
 
     def _reset(self) -> None:
@@ -92,9 +98,10 @@ class Calibration:
         self.tokens = 0
         self.counted_tokens = 0
         self.n_windows = 0
-        self.skipped = 0
         self._units = 0
+        self._skips = Counter[str]()
         self._skipped_lines: list[str] = []
+        self._untemplated_pairs = 0
         self._sketch = Sketch()
         self._consumed = hashlib.sha256()
         self._domains: set[str] = set()
@@ -103,6 +110,21 @@ class Calibration:
     def paths(self) -> list[str]:
         """The files to read, "-" for standard input; [] where the source is Python objects."""
         return self._reader.paths
+
+    def check(self) -> None:
+        """Look for lines that cannot be used, before a model is loaded for nothing: parse and shape, no tokens.
+
+        Files, and lists in Python, are read once from end to end; what cannot be read twice is not. Raises
+        CalibrationError that names the first bad line, and how many there are; with `skip_bad_lines` nothing is looked
+        for.
+        """
+        if not self._reader.skip_bad_lines:
+            self._reader.check(self.max_tokens)
+
+    @property
+    def records(self) -> list[FileRecord]:
+        """What was found in each file, so far."""
+        return self._reader.records
 
     def windows(self, tokenizer: Tokenizer) -> Iterator[Window]:
         """The windows of all samples, in order.
@@ -128,7 +150,7 @@ class Calibration:
                     break
         if not self.samples:
             names = ", ".join(self._reader.files)
-            why = f" ({self._skipped_lines[0]})" if self._skipped_lines else ""
+            why = f" ({self.skipped_lines[0]})" if self.skipped else ""
             raise CalibrationError(f"{names}: holds no usable sample{why}")
 
     def _sample_windows(self, encoder: Encoder, parts: Iterator[Sample]) -> Iterator[Window]:
@@ -137,7 +159,11 @@ class Calibration:
         counted: list[bool] = []
         number: int | None = None
         for part in chain([first], parts):
-            part_ids, part_counted = encoder.encode(part)
+            try:
+                part_ids, part_counted = self._encode(encoder, part)
+            except SampleLeftOut as left_out:
+                self._skip(left_out.reason, str(left_out))
+                return
             ids += part_ids
             counted += part_counted
             if number is None and self._has_content(part, ids, counted):
@@ -148,11 +174,28 @@ class Calibration:
                 yield self._window(first, number, ids[start:end], counted[start:end])
                 start = end
             del ids[:start], counted[:start]
+        self._untemplated_pairs += (
+            number is not None and first.pair is not None and self.chat_template == NO_TEMPLATE and encoder.has_template
+        )
         if number is None:
-            self._skip(first, "no tokens" if not ids else "no response to count" if not any(counted) else "no text")
+            reason = "no tokens" if not ids else "no response to count" if not any(counted) else "no text"
+            self._skip(reason, f"{first.where}: {reason}")
         elif ids:
             yield self._window(first, number, ids, counted)
         self._units += not first.is_file
+
+    def _encode(self, encoder: Encoder, sample: Sample) -> tuple[list[int], list[bool]]:
+        if sample.messages == []:
+            raise SampleLeftOut(sample.where, "no messages")
+        try:
+            return encoder.encode(sample)
+        except SampleLeftOut:
+            raise
+        except CalibrationError as error:
+            if sample.is_file or not self._reader.skip_bad_lines:
+                raise
+            problem = str(error).removeprefix(f"{sample.where}: ")
+            raise SampleLeftOut(sample.where, "cannot be rendered or tokenised", problem) from error
 
     def _has_content(self, part: Sample, ids: Sequence[int], counted: Sequence[bool]) -> bool:
         return bool(ids) and any(counted) and part.text != ""  # an empty text may still have its BOS
@@ -190,10 +233,38 @@ class Calibration:
     def _is_full(self) -> bool:
         return self.max_tokens is not None and self.tokens >= self.max_tokens
 
-    def _skip(self, sample: Sample, reason: str) -> None:
-        self.skipped += 1
+    def _skip(self, reason: str, sentence: str) -> None:
+        self._skips[reason] += 1
         if len(self._skipped_lines) < _SKIPS_NAMED:
-            self._skipped_lines.append(f"{sample.where}: {reason}")
+            self._skipped_lines.append(sentence)
+
+    @property
+    def skipped_reasons(self) -> dict[str, int]:
+        """Why lines were left out -> how many, the most frequent first."""
+        bad = sum((record.bad for record in self._reader.records), Counter[str]())
+        return dict((self._skips + bad).most_common())
+
+    @property
+    def skipped(self) -> int:
+        """How many lines were left out."""
+        return sum(self.skipped_reasons.values())
+
+    @property
+    def skipped_lines(self) -> list[str]:
+        """ "file:line: why" of the first of them."""
+        return [*self._skipped_lines, *map(str, self._reader.bad_lines)][:_SKIPS_NAMED]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth a look: other shapes in the same lines, pairs without the template that the model has."""
+        pairs = self._untemplated_pairs
+        if not pairs:
+            return list(self._reader.notes)
+        return [
+            *self._reader.notes,
+            f"{pairs:,} pairs are joined by a newline, without the model's chat template; --chat-template auto"
+            ' (chat_template="auto") renders them as the turns of a user and an assistant',
+        ]
 
     def estimated_tokens(self) -> int | None:
         """How many tokens there will be in all, judged by the bytes read so far; None where nobody knows yet."""
@@ -211,12 +282,17 @@ class Calibration:
             "counted_tokens": self.counted_tokens,
             "windows": self.n_windows,
             "skipped": self.skipped,
-            "skipped_lines": list(self._skipped_lines),
+            "skipped_lines": self.skipped_lines,
+            "skipped_reasons": self.skipped_reasons,
+            "shapes": dict(sum((record.shapes for record in self._reader.records), Counter[str]()).most_common()),
+            "notes": self.notes,
             "ctx_size": self.ctx_size,
             "chat_template": self.chat_template,
             "mask": self.mask,
             "parse_special": self.parse_special,
             "max_tokens": self.max_tokens,
+            "columns": self._reader.columns,
+            "skip_bad_lines": self._reader.skip_bad_lines,
             "sketch": self._sketch.to_dict(),
         }
 

@@ -64,10 +64,16 @@ class Encoder:
         self._parse_special = parse_special
         self._template: ChatTemplate | None = None
 
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template, the model's or a file's."""
+        return bool(self._template_source or self._tokenizer.chat_template)
+
     def encode(self, sample: Sample) -> tuple[list[int], list[bool]]:
         """Token ids of a sample, and which of them count. CalibrationError names the sample's file and line."""
         if sample.tokens is not None:
-            return self._check_ids(sample), [True] * len(sample.tokens)
+            all_count = [True] * len(sample.tokens)
+            return self._check_ids(sample), (sample.labelled if self._mask == "response" else None) or all_count
         if not self._tokenizer.has_tokenizer:
             raise CalibrationError(f'{sample.where}: the model has no tokenizer, so a line has to give "tokens"')
         try:
@@ -112,6 +118,8 @@ class Encoder:
         if messages is None:
             prompt, response = sample.pair or ("", "")
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            if sample.system is not None:
+                messages.insert(0, {"role": "system", "content": sample.system})
         if only_response:
             return *self._chat().render_turns(messages, tools=sample.tools), True
         return self._chat().render(messages, tools=sample.tools), None, True

@@ -1,0 +1,118 @@
+"""Rows of Parquet and Arrow files, some at a time; needs pyarrow, the extra `data`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from importlib import import_module
+from typing import Any
+
+from reap.errors import CalibrationError, MissingExtraError
+from reap.text.rows import Row
+
+_ROWS_AT_ONCE = 64
+_BUFFER = 1 << 20
+# Columns of structures hold every name that any row has: what a row lacks is null, and was not in the data
+_UNIONS = ("tools", "functions", "tool_calls")
+
+
+class ColumnarFile:
+    """A Parquet or Arrow file.
+
+    path       of a regular file
+    wanted     names of the columns to read; all others stay on the disk
+    position   bytes of the file that are read, estimated by rows
+    """
+
+    def __init__(self, path: str, wanted: Collection[str]) -> None:
+        self.path = path
+        self._wanted = wanted
+        self._n_bytes = os.path.getsize(path)
+        self._share = 0.0
+        self.names: list[str] = []
+
+    @property
+    def position(self) -> int:
+        return round(self._share * self._n_bytes)
+
+    def rows(self) -> Iterator[Row]:
+        """The rows; a column that is not wanted is None. CalibrationError where the file is damaged, MissingExtraError
+        without pyarrow."""
+        arrow = _pyarrow(self.path)
+        number = 0
+        unread: dict[str, None] = {}
+        try:
+            for batch, share in self._batches(arrow):
+                unread = unread or dict.fromkeys(self.names)
+                for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                    for members in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                        number += 1
+                        self._share = share
+                        yield Row(f"{self.path}: row {number}", number, {**unread, **_without_unions(members)})
+        except (arrow.ArrowException, OSError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise CalibrationError(f"{self.path}: cannot be read after row {number}: {detail}") from error
+
+    def _batches(self, arrow: Any) -> Iterator[tuple[Any, float]]:
+        with open(self.path, "rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+        if is_parquet:
+            yield from self._parquet_batches()
+            return
+        with arrow.OSFile(self.path) as source:
+            try:
+                reader = arrow.ipc.open_file(source)
+            except arrow.ArrowInvalid:  # datasets writes streams, without a footer
+                source.seek(0)
+                reader = arrow.ipc.open_stream(source)
+                self.names = reader.schema.names
+                for batch in reader:
+                    yield self._narrow(batch), source.tell() / max(self._n_bytes, 1)
+                return
+            self.names = reader.schema.names
+            for index in range(reader.num_record_batches):
+                yield self._narrow(reader.get_batch(index)), (index + 1) / reader.num_record_batches
+
+    def _narrow(self, batch: Any) -> Any:
+        return batch.select(self._columns())
+
+    def _columns(self) -> list[str]:
+        # one at least: a batch without columns has no rows
+        return [name for name in self.names if name in self._wanted] or self.names[:1]
+
+    def _parquet_batches(self) -> Iterator[tuple[Any, float]]:
+        parquet = import_module("pyarrow.parquet")
+        # without a buffer a whole column of a row group is read at once
+        with parquet.ParquetFile(self.path, buffer_size=_BUFFER, pre_buffer=False, memory_map=False) as file:
+            self.names = file.schema_arrow.names
+            total, done = max(file.metadata.num_rows, 1), 0
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=self._columns(), use_threads=False):
+                done += batch.num_rows
+                yield batch, done / total
+
+
+def _pyarrow(path: str) -> Any:
+    try:
+        return import_module("pyarrow")
+    except ModuleNotFoundError:
+        raise MissingExtraError(
+            f"{path}: to read Parquet or Arrow needs pyarrow: pip install 'reap-moe[data]'"
+        ) from None
+
+
+def _without_unions(members: dict[str, Any]) -> dict[str, Any]:
+    """The row without the names that only other rows' tools and calls have."""
+    for name, value in members.items():
+        if name in _UNIONS:
+            members[name] = _without_nulls(value)
+        elif isinstance(value, list):
+            for entry in value:
+                if isinstance(entry, dict):
+                    entry.update({key: _without_nulls(entry[key]) for key in _UNIONS if entry.get(key)})
+    return members
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
