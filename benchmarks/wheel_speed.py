@@ -93,7 +93,9 @@ CHILD = """
 import sys, time
 import numpy as np
 from reap import inspect
-from reap.engine import EngineOptions, backends, open_session
+from reap.engine.devices import backends
+from reap.engine.options import EngineOptions
+from reap.engine.session import open_session
 
 model, threads, n_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 info = inspect(model)

@@ -16,7 +16,7 @@ import reap
 from helpers.gguf_builder import build_moe
 from helpers.profiles import make_profile, reference_document
 from reap.cli import demonstration, main, show
-from reap.cli.options import parse_keep, parse_overrides, split_list
+from reap.cli.options import parse_keep, split_list
 from reap.errors import Interrupted, UsageError
 from reap.progress import Progress
 from reap.scores.profile import Profile
@@ -110,10 +110,16 @@ def test_keep() -> None:
 
 def test_lists() -> None:
     assert split_list(["a,b", "c"]) == ["a", "b", "c"]
-    assert parse_overrides([r"\.ffn_.*=CPU,x=CUDA0"]) == [(r"\.ffn_.*", "CPU"), ("x", "CUDA0")]
+
+
+def test_tensors_to_place_elsewhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    called = record(monkeypatch, "evaluate", None)
+    monkeypatch.setattr("reap.cli.measuring.print_evaluation", lambda result: None)
+    assert main(["evaluate", "m.gguf", "t.txt", "-ot", r"\.ffn_.*=CPU,x=CUDA0"]) == 0
+    assert called.options["override_tensors"] == ((r"\.ffn_.*", "CPU"), ("x", "CUDA0"))
     for text in ("CPU", "=CPU", "x="):
-        with pytest.raises(UsageError, match="--override-tensor should be PATTERN=BUFFER"):
-            parse_overrides([text])
+        assert main(["evaluate", "m.gguf", "t.txt", "-ot", text]) == 2
+        assert "--override-tensor should be PATTERN=BUFFER" in capsys.readouterr().err
 
 
 def test_profile_passes_the_library_s_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -192,12 +198,12 @@ def test_engine_options(command: str, options: list[str], monkeypatch: pytest.Mo
         "ubatch_size": 16,
         "threads": 3,
         "gpu_layers": 10,
-        "override_tensors": [("exps", "CPU")],
+        "override_tensors": (("exps", "CPU"),),
         "type_k": "f32",
         "type_v": "q8_0",
         "flash_attn": "off",
-        "devices": ["CUDA0", "CUDA1"],
-        "rpc": ["a:1", "b:2"],
+        "devices": ("CUDA0", "CUDA1"),
+        "rpc": ("a:1", "b:2"),
     }
     assert {name: called.options[name] for name in expected} == expected
 

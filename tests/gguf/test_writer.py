@@ -22,7 +22,7 @@ import gguf
 from gguf import GGUFValueType
 from helpers.gguf_builder import build_moe
 from reap.errors import FormatError, OutputError, UsageError
-from reap.files import atomic, copying
+from reap.files import copying, temporaries
 from reap.files.atomic import check_output, check_space, write
 from reap.files.copying import Copier
 from reap.files.ranges import Span, merge_spans
@@ -243,9 +243,10 @@ def test_a_real_limit_on_file_size_is_an_output_error(source: GGUFFile, tmp_path
     script = f"""
 import resource, sys
 from reap.gguf.reader import GGUFFile
-from reap.files.atomic import *
-from reap.files.ranges import *
-from reap.gguf.writer import *
+from pathlib import Path
+from reap.files.atomic import write
+from reap.files.ranges import Span
+from reap.gguf.writer import NewFile, NewTensor, edit_metadata
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 with GGUFFile.open({str(source.path)!r}) as file:
     tensors = tuple(NewTensor(t.name, t.shape, t.type, (Span(file, t.offset_bytes,
@@ -292,9 +293,10 @@ def test_a_source_that_shrinks_is_a_format_error_and_leaves_nothing(tmp_path: Pa
 SLOW_WRITER = """
 import sys, time
 from reap.gguf.reader import GGUFFile
-from reap.files.atomic import *
-from reap.files.ranges import *
-from reap.gguf.writer import *
+from pathlib import Path
+from reap.files.atomic import write
+from reap.files.ranges import Span
+from reap.gguf.writer import NewFile, NewTensor, edit_metadata
 with GGUFFile.open(sys.argv[1]) as file:
     tensors = tuple(NewTensor(t.name, t.shape, t.type, (Span(file, t.offset_bytes,
     t.n_bytes),)) for t in file.tensors.values())
@@ -336,7 +338,9 @@ def test_a_temporary_file_unlinked_before_its_lock_is_made_anew(
             (tmp_path / taken[0]).unlink()
         real(fd, operation)
 
-    monkeypatch.setattr(atomic, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
+    monkeypatch.setattr(
+        temporaries, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB)
+    )
     write(tmp_path / "copy.gguf", copy_of(source))
     assert len(taken) == 1
     assert (tmp_path / "copy.gguf").read_bytes() == source.path.read_bytes()
@@ -406,7 +410,7 @@ def test_outputs_that_cannot_be_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="not a regular file"):
         check_output(tmp_path / "pipe", [], force=True)
-    with pytest.raises(UsageError, match="not a regular file"):
+    with pytest.raises(UsageError, match="exists and is a directory"):
         check_output(tmp_path, [], force=True)
     with pytest.raises(UsageError, match="there is no directory"):
         check_output(tmp_path / "absent" / "out.gguf", [], force=False)
@@ -442,7 +446,7 @@ def test_a_directory_without_permission_is_an_output_error(
     source: GGUFFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as root every directory can be written, so the answer of the system is played
-    monkeypatch.setattr(atomic, "_create_locked", fail_with(errno.EACCES))
+    monkeypatch.setattr(temporaries, "_create_locked", fail_with(errno.EACCES))
     with pytest.raises(OutputError, match="Permission denied"):
         write(tmp_path / "copy.gguf", copy_of(source))
 

@@ -557,7 +557,7 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
         (tmp_path, {"force": True}, "holds it"),
         (tmp_path / "file", {"force": True}, "is not a directory"),
         (tmp_path / "home", {}, "exists already"),
-        (tmp_path / "home", {"force": True}, "so it is not a directory that"),
+        (tmp_path / "home", {"force": True}, r"has no config\.json, so it"),
         (tmp_path / "no" / "where", {}, "there is no directory"),
         (tmp_path / "out", {"verify": "twice"}, "unknown verify"),
     ):

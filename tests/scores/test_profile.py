@@ -165,7 +165,7 @@ def test_save_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OutputError, match=r"p\.json: cannot be written: No space left"):
+    with pytest.raises(OutputError, match=r"p\.json: cannot be written: the disk is full"):
         make_profile(1).save(target)
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]

@@ -23,6 +23,7 @@ from reap.cli.options import (
 )
 from reap.cli.show import bytes_text, print_facts, print_json, progress_bar
 from reap.cli.summary import fit_facts, plan_facts, plan_figures
+from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
 from reap.errors import UsageError
 from reap.files.formatting import ranges_text
 from reap.reporting.gpu_fit import describe_fit
@@ -96,7 +97,7 @@ def _shorten(value: object, width: int = 100) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-@with_engine_options(ctx_size=512)
+@with_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 def plan(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it.")],
     keep: KeepText,
@@ -123,7 +124,7 @@ def plan(
     ] = None,
     json: Json = False,
     *,
-    engine: dict[str, Any],
+    engine: EngineArguments,
 ) -> None:
     """Choose the experts that each layer keeps.
 

@@ -11,6 +11,7 @@ import reap
 from reap.cli.options import Json, Metric, Seed, check_output, parse_keep, with_engine_options
 from reap.cli.show import bytes_text, number_text, percent_text, print_facts, print_json, print_table, progress_bar, say
 from reap.cli.summary import profile_facts
+from reap.engine.options import EVALUATION_CTX_SIZE, PROFILE_CTX_SIZE, EngineArguments
 
 if TYPE_CHECKING:
     from reap.evaluation.loops import LoopMetrics
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 
 
-@with_engine_options(ctx_size=2048)
+@with_engine_options(ctx_size=PROFILE_CTX_SIZE)
 def profile(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
     calibration: Annotated[
@@ -40,7 +41,7 @@ def profile(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from --checkpoint.")] = False,
     *,
-    engine: dict[str, Any],
+    engine: EngineArguments,
 ) -> None:
     """Measure what each expert contributes on a calibration text."""
     check_output(output, model, *calibration)
@@ -134,7 +135,7 @@ def compare(
     print_table(["layer", "rank correlation", f"overlap of {result.keep} kept", "Jaccard"], [*rows, mean])
 
 
-@with_engine_options(ctx_size=512)
+@with_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
     text: Annotated[
@@ -156,7 +157,7 @@ def evaluate(
     ] = False,
     json: Json = False,
     *,
-    engine: dict[str, Any],
+    engine: EngineArguments,
 ) -> None:
     """Measure how well a model predicts a text, and how far it agrees with another."""
     with progress_bar("evaluating") as progress:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reap.engine.options import EngineField, Listed, Whole, engine_fields
 from reap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,17 +63,6 @@ def split_list(values: Sequence[str] | None) -> list[str]:
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
 
 
-def parse_overrides(values: Sequence[str] | None) -> list[tuple[str, str]]:
-    """PATTERN=BUFFER, as llama.cpp writes it."""
-    pairs = []
-    for text in split_list(values):
-        pattern, found, buffer = text.partition("=")
-        if not (found and pattern and buffer):
-            raise UsageError(f"--override-tensor should be PATTERN=BUFFER, found {text!r}")
-        pairs.append((pattern, buffer))
-    return pairs
-
-
 def check_output(output: Path, *sources: Path | str) -> None:
     """UsageError, before the work begins, for an output that could not be written or would replace what is read."""
     if not output.parent.is_dir():
@@ -85,31 +75,23 @@ def check_output(output: Path, *sources: Path | str) -> None:
 
 # ---- the engine's options, which every command that runs a model has
 
-_ENGINE: dict[str, tuple[Any, Any]] = {
-    "batch_size": (
-        int | None,
-        typer.Option("--batch-size", "-b", help="Tokens of one decode; as --ubatch-size by default."),
-    ),
-    "ubatch_size": (int, typer.Option("--ubatch-size", "-ub", help="Tokens of one pass through the graph.")),
-    "threads": (int | None, typer.Option("--threads", "-t", help="Threads; the cores that are there by default.")),
-    "gpu_layers": (int, typer.Option("--gpu-layers", "-ngl", help="Layers on the device; -1 is all.")),
-    "device": (
-        list[str] | None,
-        typer.Option("--device", metavar="D", help="Devices to use, as `reap devices` names them."),
-    ),
-    "override_tensor": (
-        list[str] | None,
-        typer.Option("--override-tensor", "-ot", metavar="P=D", help="Tensors to place elsewhere."),
-    ),
-    "rpc": (
-        list[str] | None,
-        typer.Option("--rpc", metavar="HOST:PORT", help="Servers that compute for this machine."),
-    ),
-    "type_k": (str, typer.Option("--type-k", "-ctk", help="Type of the K cache.")),
-    "type_v": (str, typer.Option("--type-v", "-ctv", help="Type of the V cache.")),
-    "flash_attn": (str, typer.Option("--flash-attn", "-fa", metavar="auto|on|off", help="Flash attention.")),
-}
-_DEFAULTS = {"ubatch_size": 512, "gpu_layers": -1, "type_k": "f16", "type_v": "f16", "flash_attn": "auto"}
+
+def _engine_parameter(field: EngineField, default: Any) -> inspect.Parameter:
+    """How a command takes one of them."""
+    holds, option = field.option.holds, field.option
+    names = [name for name in (field.flag, option.short) if name is not None]
+    kind: Any = list[str] if isinstance(holds, Listed) else int if isinstance(holds, Whole) else str
+    default = None if isinstance(holds, Listed) else default
+    info = typer.Option(*names, metavar=option.metavar, help=option.help)
+    hint = Annotated[(kind if default is not None else kind | None, info)]  # type: ignore[valid-type]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _engine_value(field: EngineField, value: Any) -> Any:
+    """What a command was given, checked under the name that it was given by; a list's items may share one option."""
+    if isinstance(field.option.holds, Listed):
+        value = split_list(value) or field.default
+    return value if value is None else field.option.holds.check(field.flag, value)
 
 
 def with_engine_options(ctx_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -117,28 +99,19 @@ def with_engine_options(ctx_size: int) -> Callable[[Callable[..., None]], Callab
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def wrapper(**values: Any) -> None:
-            engine = {name: values.pop(name) for name in options}
-            engine["devices"] = split_list(engine.pop("device")) or None
-            engine["override_tensors"] = parse_overrides(engine.pop("override_tensor"))
-            engine["rpc"] = split_list(engine["rpc"])
+            engine = {field.name: _engine_value(field, values.pop(field.name)) for field in engine_fields()}
             command(**values, engine=engine)
 
-        option = typer.Option("--ctx-size", "-c", help="Tokens of one window.")
-        options = {"ctx_size": (int, option), **_ENGINE}
-        defaults = {"ctx_size": ctx_size, **_DEFAULTS}
-        hints = {name: Annotated[kind, option] for name, (kind, option) in options.items()}
         own = typing.get_type_hints(command, include_extras=True)
         parameters = [
             parameter.replace(annotation=own[name])
             for name, parameter in inspect.signature(command).parameters.items()
             if name != "engine"
         ]
-        parameters += [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=hint)
-            for name, hint in hints.items()
-        ]
+        for field in engine_fields():
+            parameters.append(_engine_parameter(field, ctx_size if field.name == "ctx_size" else field.default))
         wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-        wrapper.__annotations__ = {**{name: hint for name, hint in own.items() if name != "engine"}, **hints}
+        wrapper.__annotations__ = {it.name: it.annotation for it in parameters}
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return wrapper
 

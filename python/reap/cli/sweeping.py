@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,7 @@ from reap.cli.options import (
     with_engine_options,
 )
 from reap.cli.show import bytes_text, console, number_text, print_json, print_table, progress_bar, say
+from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
 
 if TYPE_CHECKING:
     from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict
@@ -30,7 +31,7 @@ CURVE_HEIGHT = 14
 CURVE_WIDTH = 64
 
 
-@with_engine_options(ctx_size=512)
+@with_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 def sweep(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
     profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it.")],
@@ -71,7 +72,7 @@ def sweep(
     ] = None,
     json: Json = False,
     *,
-    engine: dict[str, Any],
+    engine: EngineArguments,
 ) -> None:
     """PlanEvaluator many sizes and criteria on held-out text, without writing a model; the weights are loaded once."""
     if output is not None:

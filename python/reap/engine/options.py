@@ -1,4 +1,8 @@
-"""How a model is run: the engine's options as users give them, checked, and the session they open.
+"""The engine's options, spelled here only: what each may hold, and its name on the command line.
+
+A new option is a field of `EngineOptions`, a key of `EngineArguments`, a field of `SessionOptions` (csrc/session.h) and
+its binding. Functions that run a model take `**engine: Unpack[EngineArguments]`; the commands' options are made from
+the fields.
 
 What can be checked is checked here, before llama.cpp sees it: it aborts the process where it meets what it did not
 expect.
@@ -6,58 +10,261 @@ expect.
 
 from __future__ import annotations
 
+import inspect
+import operator
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, TypedDict, TypeVar
 
 from reap.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
+#: Tokens of a window where the caller gives no `ctx_size`: of a profile, and of a text that a model is judged on.
+PROFILE_CTX_SIZE = 2048
+EVALUATION_CTX_SIZE = 512
 
-
-FLASH_ATTENTION = ("auto", "on", "off")
 DEFAULT_UBATCH = 512
+FLASH_ATTENTION = ("auto", "on", "off")
+
+
+# ---- what a field may hold
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from `least` to `most`."""
+
+    least: int
+    most: int = 2**31 - 1
+
+    def check(self, name: str, value: object) -> int:
+        """The number; UsageError where it is out of range or of another type."""
+        if not isinstance(value, bool):
+            try:
+                number = operator.index(value)  # type: ignore[arg-type]  # numpy has whole numbers of its own
+            except TypeError:
+                pass
+            else:
+                if self.least <= number <= self.most:
+                    return number
+        most = "" if self.most == Whole.most else f" and at most {self.most}"
+        raise UsageError(f"{name} is {value!r}, expected a whole number of at least {self.least}{most}")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A string, one of `choices` where there are any."""
+
+    choices: tuple[str, ...] = ()
+
+    def check(self, name: str, value: object) -> str:
+        """The string."""
+        if isinstance(value, str) and (not self.choices or value in self.choices):
+            return value
+        expected = f"one of {', '.join(self.choices)}" if self.choices else "a string"
+        raise UsageError(f"{name} is {value!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Any number of strings, each read by `read`; a string by itself is one of them.
+
+    read: (string) -> what the tuple holds, ValueError where it cannot be. form: what a string should look like.
+    """
+
+    form: str
+    read: Callable[[str], Any] = str
+
+    def check(self, name: str, value: object) -> tuple[Any, ...]:
+        """A tuple of what was read."""
+        items = (value,) if isinstance(value, str) else value
+        if not isinstance(items, Sequence):
+            raise UsageError(f"{name} is {value!r}, expected a list of {self.form}")
+        return tuple(self._item(name, item) for item in items)
+
+    def _item(self, name: str, item: object) -> Any:
+        if isinstance(item, str) and item:
+            try:
+                return self.read(item)
+            except ValueError:
+                pass
+        raise UsageError(f"{name} should be {self.form}, found {item!r}")
+
+
+@dataclass(frozen=True)
+class Paired(Listed):
+    """The same where an item may be given in its two parts as well."""
+
+    def _item(self, name: str, item: object) -> Any:
+        if isinstance(item, Sequence) and not isinstance(item, str):
+            if len(item) == 2 and all(isinstance(part, str) and part for part in item):
+                return tuple(item)
+            raise UsageError(f"{name} should be {self.form}, found {item!r}")
+        return super()._item(name, item)
+
+
+def _split_pair(text: str) -> tuple[str, str]:
+    """PATTERN=BUFFER, as llama.cpp writes it."""
+    pattern, _, buffer = text.rpartition("=")
+    if not (pattern and buffer):
+        raise ValueError
+    return pattern, buffer
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field may hold, and how it is given on the command line.
+
+    short: llama.cpp's short name. help: for the command line. flag: where it is not made of the field's name. metavar:
+    what stands for the value in the help.
+    """
+
+    holds: Whole | Word | Listed
+    short: str | None
+    help: str
+    flag: str | None = None
+    metavar: str | None = None
+
+
+# ---- the options themselves
+
+
+class EngineArguments(TypedDict, total=False):
+    """Keyword arguments that a function hands on to `EngineOptions`, where they are explained."""
+
+    ctx_size: int
+    batch_size: int | None
+    ubatch_size: int
+    threads: int | None
+    gpu_layers: int
+    devices: Sequence[str] | None
+    override_tensors: Sequence[str | tuple[str, str]]
+    rpc: Sequence[str]
+    type_k: str
+    type_v: str
+    flash_attn: str
+
+
+_OVERRIDES = Paired("PATTERN=BUFFER", _split_pair)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Options that go through to llama.cpp, with its own names.
 
-    ctx_size: tokens of one sequence; 0: what the model was trained with. batch_size: tokens of one decode (None:
-    ubatch_size). ubatch_size: tokens of one pass through the graph. threads: None: the cores that this process may use.
-    gpu_layers: negative: all. devices: names as `reap devices` prints them; None: all there are. override_tensors:
-    (regular expression, buffer type). rpc: "host:port" of servers. type_k, type_v: types of the KV cache. flash_attn:
-    "auto", "on" or "off".
+    ctx_size          tokens of one sequence; 0: what the model was trained with
+    batch_size        tokens of one decode; None: ubatch_size
+    ubatch_size       tokens of one pass through the graph
+    threads           None: the cores that this process may use
+    gpu_layers        layers on the device; negative: all
+    devices           names as `reap devices` prints them; None: all there are
+    override_tensors  (regular expression of tensor names, buffer type), or "PATTERN=BUFFER"
+    rpc               "host:port" of servers
+    type_k, type_v    types of the KV cache
+    flash_attn        "auto", "on" or "off"
+
+    Of what is a list, one item may be given by itself. Lists become tuples.
+
+    Raises UsageError for a value that is out of range or of another type.
     """
 
-    ctx_size: int = 2048
-    batch_size: int | None = None
-    ubatch_size: int = DEFAULT_UBATCH
-    threads: int | None = None
-    gpu_layers: int = -1
-    devices: Sequence[str] | None = None
-    override_tensors: Sequence[tuple[str, str]] = ()
-    rpc: Sequence[str] = ()
-    type_k: str = "f16"
-    type_v: str = "f16"
-    flash_attn: str = "auto"
+    ctx_size: Annotated[int, Option(Whole(0), "-c", "Tokens of one window.")] = PROFILE_CTX_SIZE
+    batch_size: Annotated[int | None, Option(Whole(1), "-b", "Tokens of one decode; as --ubatch-size by default.")] = (
+        None
+    )
+    ubatch_size: Annotated[int, Option(Whole(1), "-ub", "Tokens of one pass through the graph.")] = DEFAULT_UBATCH
+    threads: Annotated[int | None, Option(Whole(1, 512), "-t", "Threads; the cores that are there by default.")] = None
+    gpu_layers: Annotated[int, Option(Whole(-(2**31)), "-ngl", "Layers on the device; -1 is all.")] = -1
+    devices: Annotated[
+        Sequence[str] | None,
+        Option(Listed("names of devices"), None, "Devices to use, as `reap devices` names them.", "--device", "D"),
+    ] = None
+    override_tensors: Annotated[
+        Sequence[str | tuple[str, str]],
+        Option(_OVERRIDES, "-ot", "Tensors to place elsewhere.", "--override-tensor", "P=D"),
+    ] = ()
+    rpc: Annotated[
+        Sequence[str],
+        Option(Listed("host:port"), None, "Servers that compute for this machine.", metavar="HOST:PORT"),
+    ] = ()
+    type_k: Annotated[str, Option(Word(), "-ctk", "Type of the K cache.")] = "f16"
+    type_v: Annotated[str, Option(Word(), "-ctv", "Type of the V cache.")] = "f16"
+    flash_attn: Annotated[
+        str, Option(Word(FLASH_ATTENTION), "-fa", "Flash attention.", metavar="|".join(FLASH_ATTENTION))
+    ] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("ctx_size", "batch_size", "ubatch_size", "threads"):
-            value = getattr(self, name)
-            least = 0 if name == "ctx_size" else 1
-            if value is not None and (type(value) is not int or not least <= value < 2**31):
-                raise UsageError(f"{name} is {value!r}, expected a whole number of at least {least}")
+        for field in engine_fields():
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                object.__setattr__(self, field.name, field.option.holds.check(field.name, value))
         if self.batch_size is not None and self.batch_size < self.ubatch_size:
             raise UsageError(f"batch_size is {self.batch_size}, less than ubatch_size, which is {self.ubatch_size}")
-        if self.flash_attn not in FLASH_ATTENTION:
-            raise UsageError(f"flash_attn is {self.flash_attn!r}, expected one of {', '.join(FLASH_ATTENTION)}")
+
+    @classmethod
+    def of(cls, arguments: EngineArguments, *, ctx_size: int) -> EngineOptions:
+        """The options that a function was given; `ctx_size` where it was given none."""
+        given: EngineArguments = {"ctx_size": ctx_size, **arguments}
+        return cls(**given)
 
     def record(self) -> dict[str, Any]:
-        """What a profile keeps of them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """What a profile keeps of them, as JSON types."""
+        return {field.name: _as_json(getattr(self, field.name)) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class EngineField:
+    """A field of `EngineOptions`: its name, its default, what it may hold and how a command takes it."""
+
+    name: str
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """--its-name."""
+        return self.option.flag or "--" + self.name.replace("_", "-")
+
+
+def engine_fields() -> tuple[EngineField, ...]:
+    """The fields of `EngineOptions`, in their order."""
+    if not _FIELDS:
+        hints = typing.get_type_hints(EngineOptions, include_extras=True)
+        _FIELDS.extend(EngineField(it.name, it.default, hints[it.name].__metadata__[0]) for it in fields(EngineOptions))
+    return tuple(_FIELDS)
+
+
+_FIELDS: list[EngineField] = []
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def shows_engine_options(*, ctx_size: int) -> Callable[[_F], _F]:
+    """Let the signature of a function with `**engine: Unpack[EngineArguments]`, as `help` and notebooks show it, name
+    the options with their defaults."""
+
+    def decorate(function: _F) -> _F:
+        own = inspect.signature(function)
+        shown = [it for it in own.parameters.values() if it.kind is not inspect.Parameter.VAR_KEYWORD]
+        hints = EngineArguments.__annotations__
+        for field in engine_fields():
+            default = ctx_size if field.name == "ctx_size" else field.default
+            shown.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=getattr(hints[field.name], "__forward_arg__", hints[field.name]),
+                )
+            )
+        function.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
 
 
 def usable_cores() -> int:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from reap import _core
 
 from reap.engine.devices import check_servers
-from reap.engine.options import EngineOptions, usable_cores
+from reap.engine.options import EngineOptions, engine_fields, usable_cores
 
 
 def open_session(
@@ -37,18 +37,12 @@ def open_session(
     settings = core.SessionOptions()
     settings.model_path = os.fspath(path)
     settings.model_bytes = n_bytes if n_bytes is not None else os.stat(path).st_size
-    settings.ctx_size = options.ctx_size
-    settings.batch_size = options.batch_size or 0
-    settings.ubatch_size = options.ubatch_size
     settings.n_sequences = n_sequences
+    for field in engine_fields():
+        value = getattr(options, field.name)
+        if value is not None:  # otherwise the engine's own default
+            setattr(settings, field.name, value)
     settings.threads = options.threads or usable_cores()
-    settings.gpu_layers = options.gpu_layers
-    settings.devices = list(options.devices or ())
-    settings.override_tensors = [(pattern, buffer) for pattern, buffer in options.override_tensors]
-    settings.rpc = list(options.rpc)
-    settings.type_k = options.type_k
-    settings.type_v = options.type_v
-    settings.flash_attn = options.flash_attn
     settings.head_on_host = head_on_host
     settings.prediction_layer = -1 if prediction_layer is None else prediction_layer
     check_servers(options.rpc)

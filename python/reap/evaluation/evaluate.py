@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from reap.engine.options import EngineOptions
+from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.evaluation.loops import Continuations, loop_metrics
 from reap.evaluation.plan_evaluator import PlanEvaluator, Reference, Steps
 from reap.evaluation.quality_metrics import perplexity_of as perplexity_of
@@ -19,7 +19,11 @@ from reap.scores.plan import PrunePlan
 from reap.text.evaluation_text import Text
 from reap.text.overlap import overlap_warnings
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@shows_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 def evaluate(
     model: str | os.PathLike[str],
     text: Text,
@@ -27,18 +31,8 @@ def evaluate(
     reference: str | os.PathLike[str] | None = None,
     plan: PrunePlan | str | os.PathLike[str] | None = None,
     loops: bool = False,
-    ctx_size: int = 512,
-    batch_size: int | None = None,
-    ubatch_size: int = 512,
-    threads: int | None = None,
-    gpu_layers: int = -1,
-    devices: Sequence[str] | None = None,
-    override_tensors: Sequence[tuple[str, str]] = (),
-    rpc: Sequence[str] = (),
-    type_k: str = "f16",
-    type_v: str = "f16",
-    flash_attn: str = "auto",
     progress: ProgressCallback | None = None,
+    **engine: Unpack[EngineArguments],
 ) -> Evaluation:
     """How well `model` (a GGUF file) predicts `text`: perplexity, comparable with what llama-perplexity prints, and
     agreement.
@@ -52,6 +46,7 @@ def evaluate(
     plan       a PrunePlan or the path of one: its experts are removed virtually, no file is written. Without
                `reference` the model as it is is the reference, and its weights are loaded once
     loops      continue a few prompts from the text as well, and say how much of that is repetition
+    engine     options of the engine: `reap.engine.options.EngineOptions`
 
     Raises:
         UsageError: an option, a file that is not there, a plan that no such model can follow. MismatchError: a plan of
@@ -60,19 +55,7 @@ def evaluate(
         window. EngineError: llama.cpp failed. KeyboardInterrupt: Ctrl-C.
     """
     started = time.perf_counter()
-    options = EngineOptions(
-        ctx_size=ctx_size,
-        batch_size=batch_size,
-        ubatch_size=ubatch_size,
-        threads=threads,
-        gpu_layers=gpu_layers,
-        devices=devices,
-        override_tensors=override_tensors,
-        rpc=rpc,
-        type_k=type_k,
-        type_v=type_v,
-        flash_attn=flash_attn,
-    )
+    options = EngineOptions.of(engine, ctx_size=EVALUATION_CTX_SIZE)
     the_plan = None if plan is None else PrunePlan.of(plan)
     info = inspect(model)  # before a reference is run for nothing
     if the_plan is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from reap.engine.options import EngineOptions
+from reap.engine.options import EVALUATION_CTX_SIZE, EngineOptions
 from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import MismatchError, UsageError
 from reap.evaluation.loops import Continuations, choose_prompts, continue_prompts
@@ -72,7 +72,7 @@ class PlanEvaluator:
         max_windows: int | None = None,
         reference_bytes: int = REFERENCE_BYTES,
     ) -> None:
-        options = options if options is not None else EngineOptions(ctx_size=512)
+        options = options if options is not None else EngineOptions(ctx_size=EVALUATION_CTX_SIZE)
         if max_windows is not None and max_windows < 1:
             raise UsageError(f"max_windows is {max_windows}, expected at least 1")
         if options.ctx_size < 4:

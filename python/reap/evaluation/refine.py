@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reap.engine.options import EngineOptions
+from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.errors import Interrupted, ReapWarning, UsageError
 from reap.evaluation.paired_difference import Floats, paired_difference
 from reap.evaluation.plan_evaluator import PlanEvaluator
@@ -37,6 +37,9 @@ from reap.scores.profile import METRICS, Profile
 from reap.scores.ranking import Keep, order_experts
 from reap.text.evaluation_text import Text
 from reap.text.overlap import Sketch, merge_sketches
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Kept = dict[int, tuple[int, ...]]
 Swap = tuple[int, int]  # (expert that goes, expert that comes)
@@ -317,6 +320,7 @@ class Search:
         return self.measure(kept, windows)
 
 
+@shows_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 def refine(
     model: str | os.PathLike[str],
     profile: Profile | str | os.PathLike[str],
@@ -332,7 +336,7 @@ def refine(
     seed: int = 0,
     output: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
-    **engine: Any,
+    **engine: Unpack[EngineArguments],
 ) -> PrunePlan:
     """A plan whose experts were chosen by the loss of `model` (a GGUF file) on `text` without them.
 
@@ -347,13 +351,14 @@ def refine(
     blend     as in `plan`; None: each criterion begins with both, where the calibration has domains
     seed      which windows of the text choose and which judge, in turn
     output    a file for the plan; on Ctrl-C it gets the best choice so far
-    engine    of `EngineOptions`; ctx_size is 512 unless it is given
+    engine    options of the engine: `reap.engine.options.EngineOptions`
 
     The plan's metric is that of the beginning and "+refined"; its options record what was done, its calibration names
     the text as well. A ReapWarning where the budget ended before an expert was tried. Raises what `plan` and `evaluate`
     raise; Interrupted on Ctrl-C where `output` has the plan, else KeyboardInterrupt.
     """
     started = time.monotonic()
+    options = EngineOptions.of(engine, ctx_size=EVALUATION_CTX_SIZE)
     if not 0 < seconds < math.inf or (max_passes is not None and not max_passes >= 0):
         raise UsageError(
             f"refine needs a time above 0 (found {seconds:g} s) and, where passes are limited, a number from 0 on"
@@ -366,7 +371,7 @@ def refine(
     plans = _beginnings(choose, names, blends)
     first = next(iter(plans.values()))
     check_plan(inspect(model), first)
-    judge = PlanEvaluator(model, text, EngineOptions(**{"ctx_size": 512, **engine}))
+    judge = PlanEvaluator(model, text, options)
     all_windows = len(judge.text.windows)
     if max_passes is None:
         judge.thin_text(_affordable(judge, seconds - (time.monotonic() - started)))

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reap.engine import native
-from reap.engine.options import EngineOptions
+from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.errors import Interrupted, ReapWarning, UsageError
 from reap.evaluation.paired_difference import Difference, Floats, paired_difference
 from reap.evaluation.plan_evaluator import PlanEvaluator
@@ -31,6 +31,9 @@ from reap.scores.ranking import MIN_PER_GROUP, Keep, check_keep, resolve_keep
 from reap.text.evaluation_text import Text
 from reap.text.overlap import overlap_warnings
 from reap.version import version
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 KEEPS = (0.75, 0.5, 0.25)
 DEFAULT_METRICS = ("reap", "frequency", "weighted_ean_sum", "random")
@@ -427,6 +430,7 @@ class ResultWriter:
         )
 
 
+@shows_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 def sweep(
     model: str | os.PathLike[str],
     profile: Profile | str | os.PathLike[str],
@@ -442,18 +446,8 @@ def sweep(
     blend: str = "sum",
     protect_super_experts: bool = False,
     output: str | os.PathLike[str] | None = None,
-    ctx_size: int = 512,
-    batch_size: int | None = None,
-    ubatch_size: int = 512,
-    threads: int | None = None,
-    gpu_layers: int = -1,
-    devices: Sequence[str] | None = None,
-    override_tensors: Sequence[tuple[str, str]] = (),
-    rpc: Sequence[str] = (),
-    type_k: str = "f16",
-    type_v: str = "f16",
-    flash_attn: str = "auto",
     progress: ProgressCallback | None = None,
+    **engine: Unpack[EngineArguments],
 ) -> Sweep:
     """PlanEvaluator many choices of experts of `model` (a GGUF file) on the held-out `text`, without writing one.
 
@@ -468,11 +462,13 @@ def sweep(
     protect, blend, protect_super_experts  as in `plan`, for every candidate
     output            a file that holds the rows so far after each candidate, whole or not at all
     progress          called with scored tokens, of those of all candidates
+    engine            options of the engine: `reap.engine.options.EngineOptions`
 
     A ReapWarning where part of the text was in the calibration. Raises what `plan`, `prune` and `evaluate` raise for a
     call that cannot work, before the model is loaded; Interrupted on Ctrl-C where `output` keeps the rows, else
     KeyboardInterrupt.
     """
+    options = EngineOptions.of(engine, ctx_size=EVALUATION_CTX_SIZE)
     source = Profile.of(profile)
     max_bytes = None if target_size is None else parse_size(target_size)
     increase = None if max_ppl_increase is None else parse_increase(max_ppl_increase)
@@ -486,19 +482,6 @@ def sweep(
     candidates = choices.grid(_keeps(keep, source))
     candidates += choices.given(PrunePlan.of(item) for item in plans)
     within = {} if max_bytes is None else choices.largest_within(max_bytes)
-    options = EngineOptions(
-        ctx_size=ctx_size,
-        batch_size=batch_size,
-        ubatch_size=ubatch_size,
-        threads=threads,
-        gpu_layers=gpu_layers,
-        devices=devices,
-        override_tensors=override_tensors,
-        rpc=rpc,
-        type_k=type_k,
-        type_v=type_v,
-        flash_attn=flash_attn,
-    )
     judge = EnginePlanEvaluator(PlanEvaluator(model, text, options), progress)
     n_bisected = 0 if increase is None else len(choices.metrics) * len(choices.keeps).bit_length()
     judge.expect(1 + len(candidates) + sum(map(len, within.values())) + n_bisected)

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reap.files.strict_json import EXPERT_LIMIT, Node, read_json, write_json
+from reap.files.atomic import write_whole
+from reap.files.strict_json import EXPERT_LIMIT, Node, json_bytes, read_json
 from reap.scores.records import MOST_TOKENS, check_calibration, check_format, check_model
 
 FORMAT = "reap.sweep"
@@ -167,9 +168,12 @@ class Sweep:
             "targets": _documents(self.targets),
         }
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the sweep as JSON, one line a row, whole or not at all. Raises OutputError."""
-        return write_json(path, self.to_dict())
+    def save(self, path: str | os.PathLike[str], *, force: bool = True) -> Path:
+        """Write the sweep as JSON, one line a row, whole or not at all; `force=False` refuses to replace a file.
+
+        Raises OutputError where it cannot be written, UsageError where a file is there and may not be replaced.
+        """
+        return write_whole(path, json_bytes(self.to_dict()), force=force)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sweep:

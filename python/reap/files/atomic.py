@@ -1,46 +1,126 @@
-"""Files that appear whole or not at all, one or several of them."""
+"""Files that appear whole or not at all, one or several of them: every file that reap writes goes through here.
+
+The one rule: what is written has a temporary name beside its place until it is complete and on the disk, and then takes
+its place in one step. What a killed process left is removed by the next writer of the same output. A file that is
+there, or appeared meanwhile, is replaced with `force` alone. No output is an input or another output.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
 import os
-import re
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from reap.errors import OutputError, UsageError
-from reap.files.copying import forget, memory_bytes
-from reap.files.ranges import Writable, _Counter, _write_pieces
+from reap.files.copying import drop_cache, memory_bytes
+from reap.files.paths import PathLike
+from reap.files.ranges import ByteCounter, RawFile, Writable, write_pieces
+from reap.files.temporaries import directory_lock, same_name, sync_directory, temporary_file
 from reap.progress import ProgressCallback
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_TEMPORARY_SUFFIX = ".reap-tmp"
-_SHARD_SUFFIX = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 
 
-# ---- the output
+# ---- before anything is written
+
+
+def check_outputs(outputs: Iterable[PathLike | None], inputs: Iterable[PathLike | None] = (), *, force: bool) -> None:
+    """Raise UsageError, before the work begins, for outputs that could not be written or would cost a file.
+
+    As `check_distinct`; and an output that exists needs `force`, and its directory has to be there.
+    """
+    files = [Path(output) for output in outputs if output is not None and not is_stream(output)]
+    check_distinct(files, inputs)
+    for output in files:
+        _check_place(output, force=force)
+
+
+def check_distinct(outputs: Iterable[PathLike | None], inputs: Iterable[PathLike | None]) -> None:
+    """Raise UsageError where an output is an input or another output.
+
+    outputs: files to write. inputs: files that are read, and directories, whose files are then inputs all of them. In
+    both None is passed over, and "-" (standard input) among the inputs. It does not matter how a path is spelled:
+    relative, through links, as a hard link, in other letters where the file system does not tell them apart. A pipe or
+    /dev/stdout is written into as it is, so nothing of this is asked of it.
+    """
+    taken = _Taken()
+    for source in inputs:
+        if source is not None and str(source) != "-":
+            taken.add(Path(source), "input")
+    for output in outputs:
+        if output is None or is_stream(output):
+            continue
+        if (found := taken.find(Path(output))) is not None:
+            raise UsageError(f"{output}: {found}; choose another output")
+        taken.add(Path(output), "output")
+
+
+def paths_of(*sources: object) -> list[PathLike]:
+    """Those of the sources of a call that are paths, and not values in memory or None."""
+    return [source for source in sources if isinstance(source, str | os.PathLike)]
 
 
 def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
-    """Raise UsageError where `output` is one of the `inputs` however it is spelled, exists without `force`, or cannot
-    be a file."""
-    for source in inputs:
-        with suppress(OSError):
-            if os.path.samefile(output, source):
-                raise UsageError(f"{output}: is the input {source} itself; choose another output")
+    """As `check_outputs` for one output that has to be a regular file."""
+    if is_stream(output):
+        raise UsageError(f"{output}: exists and is not a regular file")
+    check_outputs([output], inputs, force=force)
+
+
+class _Taken:
+    """Paths that an output may not have: those that exist by device and inode, all others by directory and name."""
+
+    def __init__(self) -> None:
+        self._existing: dict[tuple[int, int], str] = {}
+        self._absent: list[tuple[Path, str]] = []
+
+    def add(self, path: Path, kind: str) -> None:
+        found = _stat(path)
+        if found is None:
+            self._absent.append((_real(path), f"is the {kind} {path} as well"))
+        elif stat.S_ISDIR(found.st_mode):
+            for identity in _files_below(path):
+                self._existing.setdefault(identity, f"is a file of the {kind} {path}")
+        else:
+            self._existing.setdefault((found.st_dev, found.st_ino), f"is the {kind} {path} itself")
+
+    def find(self, path: Path) -> str | None:
+        """What an error says of `path`; None where it may be written."""
+        found = _stat(path)
+        if found is not None:
+            return self._existing.get((found.st_dev, found.st_ino))
+        real = _real(path)
+        return next((what for other, what in self._absent if same_name(real, other)), None)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _files_below(directory: Path) -> Iterator[tuple[int, int]]:
+    for root, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):  # a link to nowhere
+                found = os.stat(os.path.join(root, name))
+                yield found.st_dev, found.st_ino
+
+
+def _check_place(output: Path, *, force: bool) -> None:
     try:
         mode = os.stat(output).st_mode
     except FileNotFoundError:
         mode = None
-    except OSError as error:
-        raise UsageError(f"{output}: cannot be an output: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{output}: cannot be an output: {getattr(error, 'strerror', None) or error}") from None
     if mode is not None and not stat.S_ISREG(mode):
-        raise UsageError(f"{output}: exists and is not a regular file")
+        kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise UsageError(f"{output}: exists and is {kind}")
     if mode is not None and not force:
         raise UsageError(f"{output}: exists already; --force (force=True) replaces it")
     parent = _real(output).parent
@@ -48,9 +128,22 @@ def check_output(output: Path, inputs: Iterable[Path], *, force: bool) -> None:
         raise UsageError(f"{output}: there is no directory {parent}")
 
 
+def is_stream(output: PathLike) -> bool:
+    """Whether an output is a pipe, a terminal or a descriptor of this process, which is written into and not
+    replaced."""
+    name = os.path.normpath(output)
+    if name in ("/dev/stdout", "/dev/stderr") or name.startswith(("/dev/fd/", "/proc/self/fd/")):
+        return True
+    found = _stat(Path(output))
+    return found is not None and (stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode))
+
+
 def _real(output: Path) -> Path:
     # through a symbolic link, so that the file it names is replaced and not the link
-    return Path(os.path.realpath(output))
+    try:
+        return Path(os.path.realpath(output))
+    except ValueError:  # a NUL in it, which `_check_place` refuses
+        return output
 
 
 def check_space(output: Path, n_bytes: int) -> None:
@@ -62,6 +155,23 @@ def check_space(output: Path, n_bytes: int) -> None:
     free = room.f_bavail * room.f_frsize
     if room.f_blocks and free < n_bytes:  # some network file systems report no blocks at all
         raise OutputError(f"{output}: needs {n_bytes:,} bytes, but only {free:,} are free there")
+
+
+# ---- writing
+
+
+def write_whole(path: PathLike, data: bytes, *, force: bool) -> Path:
+    """Put `data` into `path`: whole, or not at all; into a pipe or /dev/stdout as it comes.
+
+    Raises OutputError where it cannot be written, UsageError where a file is there and `force` is not set.
+    """
+    target = Path(path)
+    if is_stream(target):
+        with explained(target), open(target, "wb") as stream:
+            stream.write(data)
+    else:
+        write(target, RawFile((data,)), force=force)
+    return target
 
 
 def write(
@@ -99,19 +209,19 @@ def write_set(
     """
     total = sum(new_file.n_bytes for _, new_file in files)
     check_space(files[0][0], total)
-    counter = _Counter(total, progress)
+    counter = ByteCounter(total, progress)
     with ExitStack() as stack:
         temporaries = []
         for output, new_file in files:
-            with _explained(output):
-                fd, temporary = stack.enter_context(_temporary(_real(output)))
-                _write_pieces(fd, new_file.pieces(), counter)
+            with explained(output):
+                fd, temporary = stack.enter_context(temporary_file(_real(output)))
+                write_pieces(fd, new_file.pieces(), counter)
                 os.fsync(fd)
                 if total > memory_bytes() // 4:
-                    forget(fd, 0, total)
+                    drop_cache(fd, 0, total)
             temporaries.append(temporary)
         if check is not None:
-            with _explained(files[0][0]):
+            with explained(files[0][0]):
                 check(temporaries)
         _publish_set([output for output, _ in files], temporaries, force=force)
 
@@ -123,53 +233,41 @@ def written_elsewhere(output: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises as `write_set`; no temporary file stays behind.
     """
-    with _explained(output), _temporary(_real(output)) as (fd, temporary):
+    with explained(output), temporary_file(_real(output)) as (fd, temporary):
         yield temporary
         os.fsync(fd)
         _publish(temporary, _real(output), force=force)
-        _sync_directory(_real(output).parent)
+        sync_directory(_real(output).parent)
 
 
 def _publish_set(outputs: Sequence[Path], temporaries: Sequence[Path], *, force: bool) -> None:
     first, published = _real(outputs[0]), list[Path]()
-    with _explained(outputs[0]), _directory_lock(first.parent, needed=len(outputs) > 1):
+    # two sets with the same names would otherwise mix
+    lock = directory_lock(first.parent) if len(outputs) > 1 else nullcontext()
+    with explained(outputs[0]), lock:
         try:
             if len(outputs) > 1 and force:
                 with suppress(FileNotFoundError):
                     first.unlink()
-                _sync_directory(first.parent)
+                sync_directory(first.parent)
             for output, temporary in reversed(list(zip(outputs, temporaries, strict=True))):
-                with _explained(output):
+                with explained(output):
                     _publish(temporary, _real(output), force=force)
                 published.append(_real(output))
                 if len(outputs) > 1:  # the order of names must also be the order on the disk
-                    _sync_directory(published[-1].parent)
+                    sync_directory(published[-1].parent)
         except BaseException:
             if len(published) < len(outputs):
                 for output in published:
                     with suppress(OSError):
                         output.unlink()
             raise
-        _sync_directory(first.parent)
+        sync_directory(first.parent)
 
 
 @contextmanager
-def _directory_lock(directory: Path, *, needed: bool) -> Iterator[None]:
-    """While the names of a set change: two sets with the same names would otherwise mix."""
-    if not needed:
-        yield
-        return
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):  # not every file system has locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def _explained(output: Path) -> Iterator[None]:
+def explained(output: Path) -> Iterator[None]:
+    """An OSError of what is inside becomes UsageError where the output exists, OutputError otherwise."""
     try:
         yield
     except FileExistsError:
@@ -179,74 +277,14 @@ def _explained(output: Path) -> Iterator[None]:
         raise OutputError(f"{output}: cannot be written: {what}; nothing was left behind") from None
 
 
-@contextmanager
-def _temporary(output: Path) -> Iterator[tuple[int, Path]]:
-    """A new locked file beside `output`, gone when the block ends unless it was renamed. Removes what dead writers
-    left."""
-    stem = _temporary_stem(output)
-    _remove_stale(output.parent, stem)
-    fd, path = _create_locked(output.parent, stem)
-    try:
-        yield fd, path
-    finally:
-        with suppress(OSError):  # not there where it was renamed
-            os.unlink(path)
-        os.close(fd)
-
-
-def _temporary_stem(output: Path) -> str:
-    name = _SHARD_SUFFIX.sub("", output.name)  # however many shards the next set has, it finds what this one left
-    if len(os.fsencode(name)) > 200:  # the temporary name must stay below the 255 bytes of a file name
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return f".{name}."
-
-
-def _create_locked(directory: Path, stem: str) -> tuple[int, Path]:
-    while True:
-        path = directory / f"{stem}{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}"
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except FileExistsError:
-            continue
-        if _lock(fd) and os.fstat(fd).st_nlink:
-            return fd, path
-        os.close(fd)  # another writer took it for stale in the moment before the lock
-
-
-def _lock(fd: int) -> bool:
-    """False if another process holds the lock; True also where the file system has no locks."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _remove_stale(directory: Path, stem: str) -> None:
-    """Remove temporary files of the same output that no living process holds."""
-    pattern = re.compile(re.escape(stem) + "[0-9a-f]{8}" + re.escape(_TEMPORARY_SUFFIX))
-    with os.scandir(directory) as entries:
-        found = [
-            entry.path for entry in entries if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
-        ]
-    for path in found:
-        with suppress(OSError):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(path)
-            finally:
-                os.close(fd)
-
-
 def _publish(temporary: Path, output: Path, *, force: bool) -> None:
     """Give the complete file its name. Without `force` a file that appeared meanwhile is left alone:
     FileExistsError."""
     if force:
         os.replace(temporary, output)
         return
+    if output.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output))
     try:
         os.link(temporary, output)
     except FileExistsError:
@@ -255,12 +293,3 @@ def _publish(temporary: Path, output: Path, *, force: bool) -> None:
         if os.path.lexists(output):
             raise FileExistsError(output) from None
         os.replace(temporary, output)
-
-
-def _sync_directory(directory: Path) -> None:
-    with suppress(OSError):  # some file systems refuse it; the rename is done all the same
-        fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -156,12 +156,12 @@ def is_cached(fd: int, offset: int) -> bool:
         return True
 
 
-def ask_for(fd: int, offset: int, n_bytes: int) -> None:
+def prefetch(fd: int, offset: int, n_bytes: int) -> None:
     """Let the system begin to read a range."""
     _advise(fd, offset, n_bytes, "POSIX_FADV_WILLNEED")
 
 
-def forget(fd: int, offset: int, n_bytes: int) -> None:
+def drop_cache(fd: int, offset: int, n_bytes: int) -> None:
     """Let go of the pages of a range. Of dirty ones it drops none, but the disk begins to write them (Linux,
     mm/fadvise.c)."""
     _advise(fd, offset, n_bytes, "POSIX_FADV_DONTNEED")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from reap.errors import FormatError
-from reap.files.copying import Copier, ask_for, forget, is_cached, write_all
+from reap.files.copying import Copier, drop_cache, is_cached, prefetch, write_all
 from reap.files.regular import RegularFile
 from reap.progress import Progress, ProgressCallback
 
@@ -30,7 +30,7 @@ class Span:
 Piece = Span | bytes
 
 
-def _size(pieces: Iterable[Piece]) -> int:
+def total_bytes(pieces: Iterable[Piece]) -> int:
     return sum(len(piece) if isinstance(piece, bytes) else piece.n_bytes for piece in pieces)
 
 
@@ -79,13 +79,13 @@ class RawFile:
     @property
     def n_bytes(self) -> int:
         """The exact size of the file."""
-        return _size(self.parts)
+        return total_bytes(self.parts)
 
 
 # ---- copying
 
 
-class _Counter:
+class ByteCounter:
     """Bytes done, of all files of a set."""
 
     def __init__(self, total: int, progress: ProgressCallback | None) -> None:
@@ -97,7 +97,7 @@ class _Counter:
             self.progress(Progress(self.done, self.total, "bytes"))
 
 
-def _write_pieces(fd: int, pieces: Iterable[Piece], counter: _Counter) -> None:
+def write_pieces(fd: int, pieces: Iterable[Piece], counter: ByteCounter) -> None:
     start, end = 0, 0
     with Copier(fd) as copier:
         for piece, was_cached in _read_ahead(_steps(merge_spans(pieces))):
@@ -105,9 +105,9 @@ def _write_pieces(fd: int, pieces: Iterable[Piece], counter: _Counter) -> None:
                 counter.add(n_bytes)
                 end += n_bytes
             if isinstance(piece, Span) and not was_cached:
-                forget(piece.file.fileno(), piece.offset, piece.n_bytes)
+                drop_cache(piece.file.fileno(), piece.offset, piece.n_bytes)
             if end - start >= _WRITE_BACK_BYTES:
-                forget(fd, start, end - start)  # that is, begin to write, instead of waiting for fsync
+                drop_cache(fd, start, end - start)  # that is, begin to write, instead of waiting for fsync
                 start = end
 
 
@@ -144,10 +144,10 @@ def _read_ahead(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
     for piece in pieces:
         was_cached = isinstance(piece, bytes) or is_cached(piece.file.fileno(), piece.offset)
         if isinstance(piece, Span) and not was_cached:
-            ask_for(piece.file.fileno(), piece.offset, piece.n_bytes)
+            prefetch(piece.file.fileno(), piece.offset, piece.n_bytes)
         waiting.append((piece, was_cached))
-        n_waiting += _size((piece,))
+        n_waiting += total_bytes((piece,))
         while n_waiting > _AHEAD_BYTES:
-            n_waiting -= _size((waiting[0][0],))
+            n_waiting -= total_bytes((waiting[0][0],))
             yield waiting.popleft()
     yield from waiting

@@ -34,7 +34,7 @@ class RegularFile:
         """Open `path`. Raises UsageError if it is not a readable regular file; a pipe is refused without waiting for
         its writer."""
         where = Path(path)
-        return cls(where, _open_regular(where))
+        return cls(where, open_regular(where))
 
     def fileno(self) -> int:
         """The descriptor, for copies that stay in the kernel."""
@@ -73,7 +73,7 @@ class RegularFile:
             self.close()
 
 
-def _open_regular(path: Path) -> int:
+def open_regular(path: Path) -> int:
     """A descriptor of a regular file. A pipe is refused without waiting for its writer."""
     try:
         _check_regular(path, os.stat(path).st_mode)

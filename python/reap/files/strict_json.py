@@ -1,20 +1,16 @@
-"""JSON files that may be hand-edited or hostile: read strictly, written whole or not at all."""
+"""JSON that may be hand-edited or hostile, read strictly; and the text of what is written."""
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
-from stat import S_ISREG
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reap.errors import FormatError, OutputError, UsageError
+from reap.errors import FormatError, UsageError
 
 # A profile of 60 layers, 512 experts and 8 domains is about 60 MB. A small file can ask for much memory: Python spends
 # 8 bytes on a number that took 2 in the file, and 64 on an empty list that took 3, so those are counted before anything
@@ -241,45 +237,10 @@ def _refuse(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
 
 
-def write_json(path: str | os.PathLike[str], document: dict[str, Any]) -> Path:
-    """Write `document` through a sibling temporary file, fsync and rename, so that a reader sees all of it or none.
-
-    Objects are indented, lists stand on one line. Doubles survive exactly. Raises OutputError.
-    """
-    return write_whole(path, json_bytes(document))
-
-
 def json_bytes(document: dict[str, Any]) -> bytes:
-    """What `write_json` writes."""
+    """A document as reap writes it: objects are indented, lists stand on one line, doubles survive exactly."""
     # A file name that is no UTF-8 holds lone surrogates; written out, backslashreplace gives their JSON escape.
     return (_format(document, 0) + "\n").encode("utf-8", "backslashreplace")
-
-
-def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Put `data` into `path` whole or not at all. Raises OutputError."""
-    target = Path(path)
-    try:
-        if target.exists() and not S_ISREG(target.stat().st_mode):  # /dev/stdout, a pipe
-            target.write_bytes(data)
-        else:
-            _replace(target.resolve(), data)  # through a symbolic link, not in its place
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
-    return target
-
-
-def _replace(target: Path, data: bytes) -> None:
-    sibling = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(sibling, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(sibling, target)
-    except BaseException:
-        with suppress(OSError):
-            sibling.unlink()
-        raise
 
 
 def _format(value: object, depth: int) -> str:

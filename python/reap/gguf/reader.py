@@ -24,7 +24,7 @@ from reap.errors import FormatError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-from reap.files.regular import RegularFile, _open_regular
+from reap.files.regular import RegularFile, open_regular
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -407,7 +407,7 @@ class GGUFFile(RegularFile):
     def open_shard(cls, path: str | os.PathLike[str], shard: int) -> Self:
         """The same; its tensors say that they are in shard `shard`, counted from 0."""
         where = Path(path)
-        return cls(where, _open_regular(where), shard)
+        return cls(where, open_regular(where), shard)
 
     def _parse(self, shard: int) -> None:
         if self.size < _HEADER.size:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reap.errors import FormatError
-from reap.files.ranges import Piece, Span, _size, merge_spans
+from reap.files.ranges import Piece, Span, merge_spans, total_bytes
 from reap.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, SCALAR_CODES, GGUFFile, ValueType, pad
 
 _HEADER_BYTES = 24
@@ -31,7 +31,7 @@ class NewTensor:
     @property
     def n_bytes(self) -> int:
         """Its size, without padding."""
-        return _size(self.pieces)
+        return total_bytes(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class NewFile:
             self._tensor_table(),
         )
         yield from header
-        yield bytes(pad(_size(header), self.alignment) - _size(header))
+        yield bytes(pad(total_bytes(header), self.alignment) - total_bytes(header))
         for tensor in self.tensors:
             yield from tensor.pieces
             # llama.cpp expects every tensor where the padded end of the one before is, and the last one padded too
@@ -61,7 +61,7 @@ class NewFile:
     @property
     def n_bytes(self) -> int:
         """The exact size of the file."""
-        return _size(self.pieces())
+        return total_bytes(self.pieces())
 
     def _tensor_table(self) -> bytes:
         entries, offset = [], 0
@@ -94,12 +94,12 @@ def split(whole: NewFile, max_bytes: int, pairs: Callable[[int, int], Iterable[b
         else [encode_pair("general.alignment", whole.alignment, ValueType.UINT32)]
     )
     groups: list[list[NewTensor]] = [[]]
-    header, data = _HEADER_BYTES + _size(whole.metadata) + _size(extra), 0
+    header, data = _HEADER_BYTES + total_bytes(whole.metadata) + total_bytes(extra), 0
     for tensor in whole.tensors:
         entry, n_bytes = len(_table_entry(tensor, 0)), pad(tensor.n_bytes, whole.alignment)
         if groups[-1] and pad(header + entry, whole.alignment) + data + n_bytes > max_bytes:
             groups.append([])
-            header, data = _HEADER_BYTES + _size(own) + _size(extra), 0
+            header, data = _HEADER_BYTES + total_bytes(own) + total_bytes(extra), 0
         groups[-1].append(tensor)
         header, data = header + entry, data + n_bytes
     shards = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from reap.engine import native
-from reap.engine.options import EngineOptions
+from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import CalibrationError, EngineError, Interrupted, UnsupportedModelError, UsageError
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
@@ -20,22 +20,15 @@ from reap.scores.profile import Profile
 from reap.text.calibration import Calibration
 from reap.version import version
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@shows_engine_options(ctx_size=PROFILE_CTX_SIZE)
 def profile(
     model: str | os.PathLike[str],
     calibration: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
     *,
-    ctx_size: int = 2048,
-    batch_size: int | None = None,
-    ubatch_size: int = 512,
-    threads: int | None = None,
-    gpu_layers: int = -1,
-    devices: Sequence[str] | None = None,
-    override_tensors: Sequence[tuple[str, str]] = (),
-    rpc: Sequence[str] = (),
-    type_k: str = "f16",
-    type_v: str = "f16",
-    flash_attn: str = "auto",
     chat_template: str | os.PathLike[str] = "none",
     mask: str = "all",
     parse_special: bool = True,
@@ -44,15 +37,16 @@ def profile(
     resume: bool = False,
     checkpoint_seconds: float = 30.0,
     progress: ProgressCallback | None = None,
+    **engine: Unpack[EngineArguments],
 ) -> Profile:
     """Measure what each expert of `model` (a GGUF file) contributes on `calibration` (JSON Lines, text, "-", or
     dictionaries).
 
     For the tokens routed to an expert the profile sums g, ‖f‖, g·‖f‖ and (g·‖f‖)², where g is the gate that multiplies
-    the expert's output f (Lasby et al., "REAP the Experts", arXiv:2510.13999). Engine options are those of
-    `EngineOptions`, those of the text are `Calibration`'s; `max_tokens` stops after that many tokens. `checkpoint`
-    names a file that keeps what was measured, at most every `checkpoint_seconds`; with `resume` a run goes on from it,
-    to the same result. A sample that the engine fails on is left out whole and named in
+    the expert's output f (Lasby et al., "REAP the Experts", arXiv:2510.13999). The engine's options are those of
+    `reap.engine.options.EngineOptions`, those of the text are `Calibration`'s; `max_tokens` stops after that many
+    tokens. `checkpoint` names a file that keeps what was measured, at most every `checkpoint_seconds`; with `resume` a
+    run goes on from it, to the same result. A sample that the engine fails on is left out whole and named in
     `profile.calibration["failed_samples"]`.
 
     Raises:
@@ -63,24 +57,12 @@ def profile(
         Interrupted: Ctrl-C with a checkpoint, which was saved. Without one it is KeyboardInterrupt, answered within one
         layer.
     """
+    options = EngineOptions.of(engine, ctx_size=PROFILE_CTX_SIZE)
     info = inspect(model)
     require_moe(info)
-    options = EngineOptions(
-        ctx_size=ctx_size,
-        batch_size=batch_size,
-        ubatch_size=ubatch_size,
-        threads=threads,
-        gpu_layers=gpu_layers,
-        devices=devices,
-        override_tensors=override_tensors,
-        rpc=rpc,
-        type_k=type_k,
-        type_v=type_v,
-        flash_attn=flash_attn,
-    )
     source = Calibration(
         calibration,
-        ctx_size=ctx_size or info.context_length,
+        ctx_size=options.ctx_size or info.context_length,
         chat_template=chat_template,
         mask=mask,
         parse_special=parse_special,

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import FormatError, MismatchError, UsageError
-from reap.files.strict_json import Node, read_json, write_json
+from reap.files.atomic import write_whole
+from reap.files.strict_json import Node, json_bytes, read_json
 from reap.scores.records import SUMS
 
 FORMAT = "reap.checkpoint"
@@ -87,7 +88,7 @@ class Checkpoint:
             "units": state.units,
             "domains": state.domains,
         }
-        write_json(self.path, {**document, "failed": failed, "groups": groups})
+        write_whole(self.path, json_bytes({**document, "failed": failed, "groups": groups}), force=True)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
 

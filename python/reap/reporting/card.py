@@ -12,8 +12,9 @@ from typing import Any
 
 from reap.errors import MismatchError, UsageError
 from reap.evaluation.sweep_table import Sweep
+from reap.files.atomic import check_distinct, paths_of, write_whole
 from reap.files.formatting import bytes_text, ranges_text
-from reap.files.strict_json import Node, read_json, write_whole
+from reap.files.strict_json import Node, read_json
 from reap.gguf.experts import gates_depend_on_all
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.gguf.reader import GGUFModel
@@ -37,6 +38,7 @@ def model_card(
     sweep: Sweep | PathLike | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a model card (Markdown with the front matter of model hubs) for a file that `prune` wrote. Returns its
     path.
@@ -47,10 +49,12 @@ def model_card(
     evaluations  files of `reap evaluate --json`, of the pruned model and of its source
     sweep        what `reap.sweep` returned, or the file of it
     base_model   name of the source on a hub; license: its identifier there
+    force        replace an output that exists
 
     Raises UsageError for a file that no `prune` wrote or that cannot be read, MismatchError for a source of another
     model, FormatError for a damaged file, OutputError.
     """
+    check_distinct([output], paths_of(pruned, source, profile, sweep, *evaluations))
     info = inspect(pruned)
     origin = _Origin.of(info)
     before = None if source is None else inspect(source)
@@ -80,7 +84,7 @@ def model_card(
         cautions=list(_cautions(info)),
         layers=list(_layers(info, origin)),
     )  # fmt: skip
-    return write_whole(output, re.sub(r"\n{3,}", "\n\n", text).encode("utf-8", "backslashreplace"))
+    return write_whole(output, re.sub(r"\n{3,}", "\n\n", text).encode("utf-8", "backslashreplace"), force=force)
 
 
 def escape(text: object) -> str:

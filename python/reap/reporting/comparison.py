@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
+from reap.files.atomic import check_distinct, paths_of
 from reap.reporting import plots as figures
 from reap.reporting.page import Page, Section, Table, number, packed, percent, write_page
 from reap.scores.comparing import Comparison, compare
@@ -28,12 +29,14 @@ def comparison_report(
     keep: Keep = 0.5,
     metric: str = "reap",
     seed: int = 0,
+    force: bool = False,
 ) -> Path:
     """Write one HTML file that shows how far two profiles of one model agree: the figures of `compare`. Returns its
-    path.
+    path; `force` replaces an output that exists.
 
     Raises what `compare` raises, and OutputError.
     """
+    check_distinct([output], paths_of(a, b))
     names = [item.model.get("name") or "profile" if isinstance(item, Profile) else Path(item).name for item in (a, b)]
     first, second = Profile.of(a), Profile.of(b)
     result = compare(first, second, keep=keep, metric=metric, seed=seed)
@@ -61,7 +64,7 @@ def comparison_report(
     ]
     data = {"scatter": _scatter(first, metric, scores, masks)}
     subtitle = f"A is {names[0]}, B is {names[1]}; the better {result.keep} of {first.n_experts} experts by {metric}."
-    write_page(Page("Two profiles compared", subtitle, facts, sections, warnings, data), output)
+    write_page(Page("Two profiles compared", subtitle, facts, sections, warnings, data), output, force=force)
     return Path(output)
 
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from reap.files.strict_json import write_whole
+from reap.files.atomic import write_whole
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Page:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_page(page: Page, output: str | os.PathLike[str]) -> Path:
-    """Write the page, whole or not at all. Raises OutputError."""
-    return write_whole(output, render(page).encode("utf-8", "xmlcharrefreplace"))
+def write_page(page: Page, output: str | os.PathLike[str], *, force: bool) -> Path:
+    """Write the page, whole or not at all. Raises OutputError, and UsageError where a file is there without `force`."""
+    return write_whole(output, render(page).encode("utf-8", "xmlcharrefreplace"), force=force)
 
 
 def render(page: Page) -> str:

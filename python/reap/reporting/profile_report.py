@@ -11,6 +11,7 @@ import numpy as np
 
 from reap.errors import MismatchError
 from reap.evaluation.sweep_table import Sweep
+from reap.files.atomic import check_distinct, paths_of
 from reap.files.formatting import bytes_text
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.pruning.sizing import measure_size
@@ -51,16 +52,19 @@ def report(
     plan: PrunePlan | PathLike | None = None,
     sweep: Sweep | PathLike | None = None,
     model: PathLike | None = None,
+    force: bool = False,
 ) -> Path:
     """Write one HTML file that shows what a profile says; it opens without a connection. Returns its path.
 
     plan   the experts that stay; without one the page shows, and says so, what half of them by REAP would be
     sweep  what `reap.sweep` returned, or the file of it: adds quality against size
     model  the GGUF file: adds sizes before and after by kind of tensor, and which memory they fit into
+    force  replace an output that exists
 
-    Raises UsageError where a file cannot be read, FormatError where one is damaged, MismatchError where they are not of
-    one model, OutputError where the page cannot be written.
+    Raises UsageError where a file cannot be read or replaced, FormatError where one is damaged, MismatchError where
+    they are not of one model, OutputError where the page cannot be written.
     """
+    check_distinct([output], paths_of(profile, plan, sweep, model))
     source = Profile.of(profile)
     given = None if plan is None else PrunePlan.of(plan)
     if given is not None:
@@ -75,7 +79,7 @@ def report(
         _require_model_of(source, info)
     size = None if model is None or info is None else measure_size(model, None if info.refusals else made)
     name = None if isinstance(profile, Profile) else Path(profile).name
-    return write_page(page_of(Sources(source, made, given is None, table, info, size, name)), output)
+    return write_page(page_of(Sources(source, made, given is None, table, info, size, name)), output, force=force)
 
 
 def _require_model_of(profile: Profile, info: ModelInfo) -> None:

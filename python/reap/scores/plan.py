@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from reap.errors import UsageError
+from reap.files.atomic import write_whole
 from reap.files.paths import PathLike
-from reap.files.strict_json import EXPERT_LIMIT, Node, read_json, write_json
+from reap.files.strict_json import EXPERT_LIMIT, Node, json_bytes, read_json
 from reap.scores.profile import Profile
 from reap.scores.ranking import Keep as Keep
 from reap.scores.ranking import check_keep, order_experts, select_experts, take
@@ -98,9 +99,12 @@ class PrunePlan:
             "layers": {str(layer): {"kept": list(kept)} for layer, kept in self.layers.items()},
         }
 
-    def save(self, path: PathLike) -> Path:
-        """Write the plan as JSON, one line a layer, whole or not at all. Raises OutputError."""
-        return write_json(path, self.to_dict())
+    def save(self, path: PathLike, *, force: bool = True) -> Path:
+        """Write the plan as JSON, one line a layer, whole or not at all; `force=False` refuses to replace a file.
+
+        Raises OutputError where it cannot be written, UsageError where a file is there and may not be replaced.
+        """
+        return write_whole(path, json_bytes(self.to_dict()), force=force)
 
     @classmethod
     def of(cls, plan: PrunePlan | PathLike) -> PrunePlan:

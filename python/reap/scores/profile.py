@@ -157,12 +157,14 @@ class Profile:
         records = {"model": self.model, "calibration": self.calibration, "engine": self.engine}
         return profile_file.document(self, self.parts, records)
 
-    def save(self, path: PathLike) -> Path:
-        """Write the profile as JSON, whole or not at all; doubles survive exactly. Raises OutputError.
+    def save(self, path: PathLike, *, force: bool = True) -> Path:
+        """Write the profile as JSON, whole or not at all; doubles survive exactly; `force=False` refuses to replace a
+        file.
 
+        Raises OutputError where it cannot be written, UsageError where a file is there and may not be replaced.
         A ReapWarning says so where the file is so large that reap reads it only on demand.
         """
-        return profile_file.write(path, self.to_dict())
+        return profile_file.write(path, self.to_dict(), force=force)
 
     @classmethod
     def load(cls, path: PathLike) -> Profile:

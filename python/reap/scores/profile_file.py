@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from reap.errors import ReapWarning
+from reap.files.atomic import write_whole
 from reap.files.paths import PathLike
-from reap.files.strict_json import EXPERT_LIMIT, LARGE_VARIABLE, Node, json_bytes, read_json, too_many, write_whole
+from reap.files.strict_json import EXPERT_LIMIT, LARGE_VARIABLE, Node, json_bytes, read_json, too_many
 from reap.scores.records import (
     LAYER_KEY,
     SUMS,
@@ -81,10 +82,11 @@ def document(
     return made
 
 
-def write(path: PathLike, made: dict[str, Any]) -> Path:
-    """Write a document, whole or not at all. Raises OutputError; a ReapWarning says so where reap would not read it."""
+def write(path: PathLike, made: dict[str, Any], *, force: bool) -> Path:
+    """Write a document, whole or not at all. Raises OutputError, and UsageError where a file is there without `force`;
+    a ReapWarning says so where reap would not read it."""
     data = json_bytes(made)
-    written = write_whole(path, data)
+    written = write_whole(path, data, force=force)
     if written.is_file() and (problem := too_many(data)):
         message = f"{written}: has {problem}; it is read again with {LARGE_VARIABLE}=1 in the environment only"
         warnings.warn(message, ReapWarning, stacklevel=3)

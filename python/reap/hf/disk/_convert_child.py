@@ -1,5 +1,5 @@
-"""Run inside the child process of `reap.hf.converter`: prepares llama.cpp's converter, then hands over to it. Imports
-nothing of reap's.
+"""Run inside the child process of `reap.hf.disk.convert`: prepares llama.cpp's converter, then hands over to it.
+Imports nothing of reap's.
 
 python _convert_child.py --tree DIR [--pre NAME] [--no-prediction] [--trust-remote-code] -- ARGUMENTS OF THE CONVERTER
 

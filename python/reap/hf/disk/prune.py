@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import FormatError, OutputError, UsageError
-from reap.files.atomic import check_space, write
+from reap.files.atomic import check_space, paths_of, write
 from reap.files.atomic_directory import check_output_directory, new_directory
 from reap.files.ranges import RawFile, Span, merge_spans
 from reap.files.regular import RegularFile
@@ -89,7 +89,7 @@ def prune(
     if verify not in VERIFY_MODES:
         raise UsageError(f"unknown verify {verify!r}; known: {', '.join(VERIFY_MODES)}")
     target = Path(output)
-    check_output_directory(target, Path(source), marker=CONFIG, force=force)
+    check_output_directory(target, map(Path, paths_of(source, plan, profile)), marker=CONFIG, force=force)
     the_plan = _choose(plan, profile, keep, metric)
     with Checkpoint.open(source) as checkpoint:
         layout = read_checkpoint_layout(checkpoint)
