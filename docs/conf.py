@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
-import reap
+from benchmarks import results  # noqa: E402
+
+import reap  # noqa: E402
 
 project = "reap"
 author = "The reap authors"
@@ -22,7 +25,7 @@ extensions = [
 ]
 intersphinx_mapping: dict[str, tuple[str, None]] = {}  # nothing is fetched where the site is built
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["examples", "_ext"]
+exclude_patterns = ["examples", "_ext", "_generated"]
 html_theme = "furo"
 html_title = "reap"
 html_static_path: list[str] = []
@@ -36,3 +39,6 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = False
 copybutton_prompt_text = "$ "
+
+(HERE / "_generated").mkdir(exist_ok=True)
+(HERE / "_generated" / "measurements.md").write_text(results.table() + "\n", encoding="utf-8")
