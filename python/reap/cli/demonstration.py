@@ -8,9 +8,7 @@ import time
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 import reap
 from reap.cli.show import bytes_text, number_text, print_table, progress_bar, say
@@ -93,12 +91,8 @@ class _Files:
         return self.out / f"reap-{keep:.0%}.gguf".replace("%", "")
 
 
-def demo(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder for the model, the profile and the pruned files.")
-    ] = Path("reap-demo"),
-) -> None:
-    """Profile, prune, evaluate and report on the small model that comes with reap, in under a minute."""
+def demo(out: Path) -> None:
+    """Do it all in the directory `out`, and say what is done."""
     started = time.perf_counter()
     work = _Files(out)
     _unpack(work)

@@ -2,48 +2,203 @@
 
 from __future__ import annotations
 
-import inspect
+import enum
 import re
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reap.engine.options import EngineField, Listed, Whole, engine_fields
+from reap.cli import completion
 from reap.errors import UsageError
 
 if TYPE_CHECKING:
+    from reap.scores.plan import PrunePlan
     from reap.scores.ranking import Keep
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-METRIC_HELP = (
-    "Score to rank experts by: reap, weighted_ean_sum, ean_sum, ean_mean, frequency, gate_sum, reap_l2, random."
-)
-Metric = Annotated[str, typer.Option("--metric", help=METRIC_HELP)]
-KeepText = Annotated[
-    str, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep: 0.5 is half of them, 64 is 64 of them.")
+
+class PathRole(enum.Enum):
+    """What becomes of the files that an option names."""
+
+    READS = enum.auto()
+    WRITES = enum.auto()  # needs --force where the file exists
+    RESUMES = enum.auto()  # read where it exists, and written: the command itself says when it may be replaced
+    WRITES_FOLDER = enum.auto()  # likewise
+
+
+READS, WRITES, RESUMES, WRITES_FOLDER = PathRole
+
+
+# ---- arguments and options
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file."), READS]
+ProfilePath = Annotated[
+    Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it."), READS
 ]
+HfDir = Annotated[Path, typer.Argument(metavar="HF_DIR", help="A directory with config.json and *.safetensors."), READS]
+CalibrationPaths = Annotated[
+    list[str], typer.Argument(metavar="CALIBRATION...", help="JSON Lines or text; - is standard input."), READS
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write."), WRITES]
+OptionalOutput = Annotated[Path | None, typer.Option("--output", "-o", help="File to write."), WRITES]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say the exact size; write nothing.")]
+Verify = Annotated[
+    str,
+    typer.Option(
+        "--verify",
+        metavar="|".join(completion.VERIFY),
+        help="How much of the output to read back.",
+        autocompletion=completion.values_of(*completion.VERIFY),
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
+]
+SweepPath = Annotated[
+    Path | None, typer.Option("--sweep", metavar="SWEEP.json", help="A sweep, as `reap sweep` writes it."), READS
+]
+METRIC = typer.Option(
+    "--metric",
+    help="Score to rank experts by: reap, weighted_ean_sum, ean_sum, ean_mean, frequency, gate_sum, reap_l2, random.",
+    autocompletion=completion.metrics(),
+)
+Metric = Annotated[str, METRIC]
+KEEP_FORM = "N|FRACTION|PERCENT"
 Protect = Annotated[
     list[str] | None, typer.Option("--protect", metavar="LAYER:ID,...", help="Experts to keep whatever their score.")
 ]
 SuperExperts = Annotated[bool, typer.Option("--super-experts", help="Protect experts with an outlying output as well.")]
 BLEND = typer.Option(
-    "--blend", metavar="sum|maxmin", help="All tokens together, or the worst-served domain first; sum by default."
+    "--blend",
+    metavar="|".join(completion.BLENDS),
+    help="All tokens together, or the worst-served domain first; sum by default.",
+    autocompletion=completion.values_of(*completion.BLENDS),
 )
-Blend = Annotated[str, BLEND]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the metric random.")]
 
 
+# ---- families of options, each of which a command receives as one object
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How a calibration is read."""
+
+    chat_template: Annotated[
+        str,
+        typer.Option(
+            "--chat-template",
+            metavar="none|auto|FILE",
+            help="How prompt and response are joined.",
+            autocompletion=completion.values_of(*completion.TEMPLATES),
+        ),
+        READS,
+    ] = "none"
+    mask: Annotated[
+        str,
+        typer.Option(
+            "--mask",
+            metavar="|".join(completion.MASKS),
+            help="Tokens that are counted.",
+            autocompletion=completion.values_of(*completion.MASKS),
+        ),
+    ] = "all"
+    no_parse_special: Annotated[
+        bool, typer.Option("--no-parse-special", help="Read special tokens in texts as plain text.")
+    ] = False
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Stop after N tokens.")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As `profile` takes them."""
+        return {
+            "chat_template": self.chat_template,
+            "mask": self.mask,
+            "parse_special": not self.no_parse_special,
+            "max_tokens": self.max_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Where a run keeps what is done."""
+
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", metavar="FILE", help="Keep what is done in FILE, to go on from."),
+        RESUMES,
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from --checkpoint.")] = False
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether either was given."""
+        return self.checkpoint is not None or self.resume
+
+    def forget(self) -> None:
+        """Remove the file, when what it holds is in the output."""
+        if self.checkpoint is not None:
+            self.checkpoint.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """The plan that a pruning follows: a file, or a profile and how many experts to keep by which score."""
+
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="PLAN.json", help="A plan, as `reap plan` writes it."), READS
+    ] = None
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="PROFILE.json", help="A profile to plan by, with --keep."), READS
+    ] = None
+    keep: Annotated[str | None, typer.Option("--keep", metavar=KEEP_FORM, help="Experts to keep, with --profile.")] = (
+        None
+    )
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            help="Score to rank experts by, with --profile; reap by default.",
+            autocompletion=completion.metrics(),
+        ),
+    ] = None
+
+    def choose(self) -> PrunePlan | Path:
+        """What was asked for. UsageError where it is not one of the two."""
+        import reap
+
+        if self.plan is not None and not (self.profile or self.keep or self.metric):
+            return self.plan
+        if self.plan is None and self.profile is not None and self.keep is not None:
+            return reap.plan(self.profile, keep=parse_keep(self.keep), metric=parse_metric(self.metric) or "reap")
+        raise UsageError("give either --plan, or --profile and --keep (and --metric)")
+
+
+# ---- values
+
+
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%", re.ASCII)
+
+
 def parse_keep(text: str) -> Keep:
-    """A value with a point is a fraction, one without is a number."""
+    """A number of experts (64), or a fraction of them: with a point (0.5), or in percent (50%)."""
+    percent = _PERCENT.fullmatch(text.strip())
     try:
+        if percent:
+            return float(percent[1]) / 100
         return float(text) if "." in text else int(text)
     except ValueError:
         raise UsageError(
-            f"--keep should be a number of experts (64) or a fraction with a point (0.5), found {text!r}"
+            f"--keep should be a number of experts (64) or a fraction of them (0.5 or 50%), found {text!r}"
         ) from None
+
+
+def parse_metric(text: str | None) -> str | None:
+    """The name of a score, in whatever case it is written."""
+    return None if text is None else text.strip().lower()
 
 
 _TIME = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([smh]?)", re.ASCII)
@@ -54,65 +209,10 @@ def parse_time(text: str) -> float:
     match = _TIME.fullmatch(text.strip())
     seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
     if not seconds:
-        raise UsageError(f"{text!r} is no time such as 90s, 10m or 1.5h")
+        raise UsageError(f"{text!r} is not a time such as 90s, 10m or 1.5h")
     return seconds
 
 
 def split_list(values: Sequence[str] | None) -> list[str]:
     """An option given several times, or once with commas."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
-
-
-def check_output(output: Path, *sources: Path | str) -> None:
-    """UsageError, before the work begins, for an output that could not be written or would replace what is read."""
-    if not output.parent.is_dir():
-        raise UsageError(f"{output}: the folder {output.parent} does not exist")
-    if output.is_dir():
-        raise UsageError(f"{output}: is a folder")
-    if output.exists() and any(Path(source).exists() and output.samefile(source) for source in sources):
-        raise UsageError(f"{output}: is the input")
-
-
-# ---- the engine's options, which every command that runs a model has
-
-
-def _engine_parameter(field: EngineField, default: Any) -> inspect.Parameter:
-    """How a command takes one of them."""
-    holds, option = field.option.holds, field.option
-    names = [name for name in (field.flag, option.short) if name is not None]
-    kind: Any = list[str] if isinstance(holds, Listed) else int if isinstance(holds, Whole) else str
-    default = None if isinstance(holds, Listed) else default
-    info = typer.Option(*names, metavar=option.metavar, help=option.help)
-    hint = Annotated[(kind if default is not None else kind | None, info)]  # type: ignore[valid-type]
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-
-
-def _engine_value(field: EngineField, value: Any) -> Any:
-    """What a command was given, checked under the name that it was given by; a list's items may share one option."""
-    if isinstance(field.option.holds, Listed):
-        value = split_list(value) or field.default
-    return value if value is None else field.option.holds.check(field.flag, value)
-
-
-def with_engine_options(ctx_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the engine's options; it receives them as one dictionary `engine`, in the names of the library."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def wrapper(**values: Any) -> None:
-            engine = {field.name: _engine_value(field, values.pop(field.name)) for field in engine_fields()}
-            command(**values, engine=engine)
-
-        own = typing.get_type_hints(command, include_extras=True)
-        parameters = [
-            parameter.replace(annotation=own[name])
-            for name, parameter in inspect.signature(command).parameters.items()
-            if name != "engine"
-        ]
-        for field in engine_fields():
-            parameters.append(_engine_parameter(field, ctx_size if field.name == "ctx_size" else field.default))
-        wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-        wrapper.__annotations__ = {it.name: it.annotation for it in parameters}
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return wrapper
-
-    return decorate

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
@@ -98,11 +99,19 @@ class _Count(ProgressColumn):
         return Text(f"{show(int(task.completed))}{total}")
 
 
+_quiet = ContextVar("_quiet", default=False)
+
+
+def be_quiet(quiet: bool) -> None:
+    """From now on show progress, or none."""
+    _quiet.set(quiet)
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[ProgressCallback | None]:
-    """A callback that moves a bar on stderr; None where stderr is no terminal."""
+    """A callback that moves a bar on stderr; None where stderr is not a terminal, or after `be_quiet`."""
     stderr = Console(stderr=True)
-    if not stderr.is_terminal:
+    if _quiet.get() or not stderr.is_terminal:
         yield None
         return
     columns = (

@@ -1,115 +1,81 @@
-"""inspect, plan, prune."""
+"""Cut: plan, prune."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import reap
+from reap.cli.commands import Panel
 from reap.cli.options import (
     BLEND,
-    METRIC_HELP,
+    KEEP_FORM,
+    METRIC,
+    READS,
+    WRITES,
+    DryRun,
+    Force,
     Json,
-    KeepText,
+    Model,
+    OptionalOutput,
+    PlanChoice,
+    ProfilePath,
     Protect,
     Seed,
     SuperExperts,
-    check_output,
+    Verify,
     parse_keep,
+    parse_metric,
     parse_time,
-    with_engine_options,
 )
 from reap.cli.show import bytes_text, print_facts, print_json, progress_bar
-from reap.cli.summary import fit_facts, plan_facts, plan_figures
+from reap.cli.summary import plan_facts, plan_figures
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
 from reap.errors import UsageError
 from reap.files.formatting import ranges_text
 from reap.reporting.gpu_fit import describe_fit
 
-if TYPE_CHECKING:  # numpy takes longer to import than a header to read
-    from reap.gguf.model_info import ModelInfo
+if TYPE_CHECKING:
     from reap.pruning.gguf import PruneReport
     from reap.scores.plan import PrunePlan
+    from reap.scores.profile import Profile
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")]
-
-
-def inspect(model: Model, json: Json = False) -> None:
-    """Say what a model is and what its experts weigh; of a pruned one, also where it came from."""
-    info = reap.inspect(model)
-    if json:
-        return print_json(info.to_dict())
-    print_facts(_model_facts(info) + fit_facts(info))
+PANEL = Panel("Cut")
 
 
-def _model_facts(info: ModelInfo) -> list[tuple[str, object]]:
-    facts: list[tuple[str, object]] = [
-        ("model", info.name or info.path.name),
-        ("architecture", info.architecture),
-        (
-            "size",
-            (
-                f"{bytes_text(info.n_bytes)} in {info.n_files} file{'s' * (info.n_files > 1)}, {info.n_parameters:,}"
-                " parameters"
-            ),
+@dataclass(frozen=True)
+class Selection:
+    """Which experts a plan keeps."""
+
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep", metavar=KEEP_FORM, help="Experts to keep: 0.5 and 50% are half of them, 64 is 64 of them."
         ),
-        ("tensor types", ", ".join(f"{count} {name}" for name, count in info.tensor_types.items())),
-        (
-            "layers",
-            (
-                f"{info.n_layers}, the last {info.n_prediction_layers} for prediction"
-                if info.n_prediction_layers
-                else info.n_layers
-            ),
-        ),
-        ("context", f"{info.context_length:,} tokens"),
     ]
-    if not info.is_moe:
-        facts.append(("experts", "none: a dense model"))
-    else:
-        grouped = f" from {info.n_groups_used} of {info.n_groups} groups" if info.n_groups > 1 else ""
-        facts += [
-            (
-                "experts",
-                (
-                    f"{info.n_experts} in each of {len(info.moe_layers)} layers; a token uses"
-                    f" {info.n_experts_used}{grouped}"
-                ),
-            ),
-            (
-                "their size",
-                f"{bytes_text(info.expert_bytes)}, {info.expert_bytes / max(info.n_bytes, 1):.0%} of the file",
-            ),
-            ("one expert less", f"saves {bytes_text(info.bytes_per_expert)}"),
-        ]
-    facts += [("cannot be pruned", reason) for reason in info.refusals]
-    facts.append(("fingerprint", info.fingerprint))
-    for key, value in (info.provenance or {}).items():
-        is_ids = key.startswith("reap.kept.") and isinstance(value, list) and all(type(item) is int for item in value)
-        facts.append((key, ranges_text(value) if is_ids else _shorten(value)))
-    return facts
+    metric: Annotated[str | None, METRIC] = None
+    protect: Protect = None
+    super_experts: SuperExperts = False
+    blend: Annotated[str | None, BLEND] = None
+    seed: Seed = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """As `plan` and `refine` take them, but the metric and the blend, whose defaults differ."""
+        return {
+            "keep": parse_keep(self.keep),
+            "protect": self.protect or (),
+            "seed": self.seed,
+            "protect_super_experts": self.super_experts,
+        }
 
 
-def _shorten(value: object, width: int = 100) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+@dataclass(frozen=True)
+class Refinement:
+    """A search for better experts than a score finds."""
 
-
-@with_engine_options(ctx_size=EVALUATION_CTX_SIZE)
-def plan(
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it.")],
-    keep: KeepText,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
-    metric: Annotated[str | None, typer.Option("--metric", help=METRIC_HELP)] = None,
-    protect: Protect = None,
-    super_experts: SuperExperts = False,
-    blend: Annotated[str | None, BLEND] = None,
-    seed: Seed = 0,
-    model: Annotated[
-        Path | None, typer.Option("--model", metavar="MODEL", help="A GGUF file: for its exact size, and for --refine.")
-    ] = None,
     refine: Annotated[
         str | None,
         typer.Option(
@@ -117,62 +83,84 @@ def plan(
             metavar="TIME",
             help="Try experts near the cut on --model and --text for so long: 90s, 10m, 1.5h.",
         ),
-    ] = None,
+    ] = None
     text: Annotated[
         list[Path] | None,
         typer.Option("--text", metavar="TEXT", help="Calibration text for --refine, not the text to judge on."),
-    ] = None,
-    json: Json = False,
-    *,
+        READS,
+    ] = None
+
+    def check(self, model: Path | None) -> None:
+        """UsageError where an option is missing that another needs."""
+        if self.refine is not None and (model is None or not self.text):
+            raise UsageError(
+                "--refine needs --model MODEL, which is run, and --text TEXT, calibration text to run it on"
+            )
+        if self.refine is None and self.text:
+            raise UsageError("--text is for --refine TIME")
+
+
+@PANEL.command("reap plan model.reap.json --keep 0.5 -o plan.json", ctx_size=EVALUATION_CTX_SIZE)
+def plan(
+    profile: ProfilePath,
+    selection: Selection,
+    search: Refinement,
     engine: EngineArguments,
+    output: OptionalOutput = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="A GGUF file: for its exact size, and for --refine."),
+        READS,
+    ] = None,
+    force: Force = False,
+    json: Json = False,
 ) -> None:
     """Choose the experts that each layer keeps.
 
     With --refine the choice begins with the criterion that does best on --text (or with --metric) and is improved by
     what the loss says; the engine's options are for that.
     """
-    if output is not None:
-        check_output(output, profile, *(path for path in (model, *(text or ())) if path is not None))
+    search.check(model)
     measured = reap.Profile.load(profile)
-    chosen: dict[str, Any] = {
-        "keep": parse_keep(keep),
-        "protect": protect or (),
-        "seed": seed,
-        "protect_super_experts": super_experts,
-    }
-    if refine is not None:
-        if model is None or not text:
-            raise UsageError(
-                "--refine needs --model MODEL, which is run, and --text TEXT, calibration text to run it on"
-            )
-        with progress_bar("refining") as progress:
-            made = reap.refine(
-                model,
-                measured,
-                text,
-                seconds=parse_time(refine),
-                metric=metric,
-                blend=blend,
-                output=output,
-                progress=progress,
-                **chosen,
-                **engine,
-            )
-    elif text:
-        raise UsageError("--text is for --refine TIME")
-    else:
-        made = reap.plan(measured, metric=metric or "reap", blend=blend or "sum", **chosen)
+    made = _made_plan(measured, selection, search, model, output, engine)
     from reap.pruning.gguf import size_after
 
     sizes = None if model is None else (reap.inspect(model).n_bytes, size_after(model, made))
-    if output is not None and refine is None:
-        made.save(output)
+    if output is not None and search.refine is None:
+        made.save(output, force=force)
     if json:
         figures = plan_figures(measured, made) | (
             {"n_bytes_before": sizes[0], "n_bytes_after": sizes[1]} if sizes else {}
         )
         return print_json(made.to_dict() | figures)
     print_facts(_plan_facts(made, output, sizes) + plan_facts(measured, made))
+
+
+def _made_plan(
+    measured: Profile,
+    selection: Selection,
+    search: Refinement,
+    model: Path | None,
+    output: Path | None,
+    engine: EngineArguments,
+) -> PrunePlan:
+    metric, chosen = parse_metric(selection.metric), selection.arguments()
+    if search.refine is None or model is None:
+        return reap.plan(measured, metric=metric or "reap", blend=selection.blend or "sum", **chosen)
+    seconds = parse_time(search.refine)
+    more: dict[str, Any] = {**chosen, **engine}
+    with progress_bar("refining") as progress:
+        return reap.refine(
+            model,
+            measured,
+            search.text or (),
+            seconds=seconds,
+            metric=metric,
+            blend=selection.blend,
+            output=output,
+            progress=progress,
+            **more,
+        )
 
 
 def _plan_facts(made: PrunePlan, output: Path | None, sizes: tuple[int, int] | None) -> list[tuple[str, object]]:
@@ -235,51 +223,47 @@ def _super_experts_text(made: PrunePlan, most: int = 12) -> str | None:
     return ", ".join(shown) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
+@dataclass(frozen=True)
+class ImatrixFiles:
+    """An importance matrix that is cut with the model."""
+
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="An importance matrix to cut as well."), READS
+    ] = None
+    imatrix_out: Annotated[
+        Path | None,
+        typer.Option("--imatrix-out", metavar="FILE", help="Where it goes; OUT.imatrix.gguf by default."),
+        WRITES,
+    ] = None
+
+
+@PANEL.command("reap prune model.gguf --plan plan.json -o small.gguf")
 def prune(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write.")],
-    plan: Annotated[
-        Path | None, typer.Option("--plan", metavar="PLAN.json", help="A plan, as `reap plan` writes it.")
-    ] = None,
-    profile: Annotated[
-        Path | None, typer.Option("--profile", metavar="PROFILE.json", help="A profile to plan by, with --keep.")
-    ] = None,
-    keep: Annotated[
-        str | None, typer.Option("--keep", metavar="N|FRACTION", help="Experts to keep, with --profile.")
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option("--metric", help="Score to rank experts by, with --profile; reap by default.")
-    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write."), WRITES],
+    choice: PlanChoice,
+    matrix: ImatrixFiles,
     hf: Annotated[
         Path | None,
         typer.Option("--hf", metavar="HF_DIR", help="The checkpoint that was profiled: compare its routers first."),
+        READS,
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say the exact size; write nothing.")
-    ] = False,
-    verify: Annotated[
-        str, typer.Option("--verify", metavar="fast|full|none", help="How much of the output to read back.")
-    ] = "fast",
+    dry_run: DryRun = False,
+    verify: Verify = "fast",
     name: Annotated[
         str | None, typer.Option("--name", help="New general.name; nothing else of the metadata changes.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     split_max_size: Annotated[
         str | None,
         typer.Option("--split-max-size", metavar="N[K|M|G|T]", help="Most bytes of one file: OUT-00001-of-0000N.gguf."),
     ] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option("--imatrix", metavar="FILE", help="An importance matrix to cut as well.")
-    ] = None,
-    imatrix_out: Annotated[
-        Path | None, typer.Option("--imatrix-out", metavar="FILE", help="Where it goes; OUT.imatrix.gguf by default.")
-    ] = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Write a model without the experts that a plan removes."""
-    if imatrix_out is not None and imatrix is None:
+    if matrix.imatrix_out is not None and matrix.imatrix is None:
         raise UsageError("--imatrix-out needs --imatrix")
-    chosen = choose_plan(plan, profile, keep, metric)
+    chosen = choice.choose()
     if hf is not None:
         from reap.hf import compare_with_gguf
 
@@ -294,22 +278,13 @@ def prune(
             dry_run=dry_run,
             verify=verify,  # type: ignore[arg-type]  # any other word is refused there
             split_max_size=split_max_size,
-            imatrix=imatrix,
-            imatrix_output=imatrix_out,
+            imatrix=matrix.imatrix,
+            imatrix_output=matrix.imatrix_out,
             progress=progress,
         )
     if json:
         return print_json(report.to_dict())
     print_facts(report_facts(report))
-
-
-def choose_plan(plan: Path | None, profile: Path | None, keep: str | None, metric: str | None) -> PrunePlan | Path:
-    """What `--plan`, or `--profile` and `--keep`, ask for."""
-    if plan is not None and not (profile or keep or metric):
-        return plan
-    if plan is None and profile is not None and keep is not None:
-        return reap.plan(profile, keep=parse_keep(keep), metric=metric or "reap")
-    raise UsageError("give either --plan, or --profile and --keep (and --metric)")
 
 
 def report_facts(report: PruneReport) -> list[tuple[str, object]]:

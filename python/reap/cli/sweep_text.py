@@ -1,27 +1,12 @@
-"""sweep: the table, the curve, and the best criterion for each size."""
+"""A sweep in words: the table, the curve, and the best criterion for each size."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-import reap
-from reap.cli.options import (
-    Blend,
-    Json,
-    Protect,
-    SuperExperts,
-    check_output,
-    parse_keep,
-    split_list,
-    with_engine_options,
-)
-from reap.cli.show import bytes_text, console, number_text, print_json, print_table, progress_bar, say
-from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
+from reap.cli.show import bytes_text, console, number_text, print_table, say
 
 if TYPE_CHECKING:
     from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict
@@ -29,77 +14,6 @@ if TYPE_CHECKING:
 MARKS = "oxv+#*%@&$"
 CURVE_HEIGHT = 14
 CURVE_WIDTH = 64
-
-
-@with_engine_options(ctx_size=EVALUATION_CTX_SIZE)
-def sweep(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A GGUF file.")],
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="A profile, as `reap profile` writes it.")],
-    text: Annotated[
-        list[Path], typer.Argument(metavar="TEXT...", help="Held-out text; of several files each is a domain.")
-    ],
-    keep: Annotated[
-        list[str] | None,
-        typer.Option("--keep", metavar="N|FRACTION,...", help="Experts to keep; 0.75,0.5,0.25 by default."),
-    ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metric", metavar="NAME,...", help="Scores to compare; reap,frequency,weighted_ean_sum,random by default."
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Selections of the metric random.")] = 1,
-    plan: Annotated[
-        list[Path] | None, typer.Option("--plan", metavar="PLAN.json", help="A plan to judge as well; may be repeated.")
-    ] = None,
-    target_size: Annotated[
-        str | None,
-        typer.Option(
-            "--target-size", metavar="N[K|M|G|T]", help="Also find what fits: the most experts in so many bytes."
-        ),
-    ] = None,
-    max_ppl_increase: Annotated[
-        str | None,
-        typer.Option(
-            "--max-ppl-increase", metavar="5%", help="Also find the fewest experts at which perplexity rises no more."
-        ),
-    ] = None,
-    protect: Protect = None,
-    super_experts: SuperExperts = False,
-    blend: Blend = "sum",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; holds the rows so far while it runs.")
-    ] = None,
-    json: Json = False,
-    *,
-    engine: EngineArguments,
-) -> None:
-    """PlanEvaluator many sizes and criteria on held-out text, without writing a model; the weights are loaded once."""
-    if output is not None:
-        check_output(output, model, profile, *text, *(plan or ()))
-    with progress_bar("sweeping") as progress:
-        table = reap.sweep(
-            model,
-            profile,
-            text,
-            keep=[parse_keep(item) for item in split_list(keep)] or None,
-            metric=split_list(metric) or None,
-            seeds=seeds,
-            plans=plan or (),
-            target_size=target_size,
-            max_ppl_increase=max_ppl_increase,
-            protect=protect or (),
-            protect_super_experts=super_experts,
-            blend=blend,
-            output=output,
-            progress=progress,
-            **engine,
-        )
-    if json:
-        return print_json(table.to_dict())
-    print_sweep(table)
-    if output is not None:
-        say(f"\nThe table is in {output}.")
 
 
 def print_sweep(table: Sweep) -> None:

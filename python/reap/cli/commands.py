@@ -1,0 +1,215 @@
+"""How a function becomes a command: its panel of the help, its families of options, and what becomes of its paths.
+
+A command is registered where it is defined, by `@PANEL.command(example)`. Each of its parameters is an option or an
+argument of typer's, or a family of options: a dataclass of them, which the command receives as one object, or the
+engine's options. A parameter that is a path says by `READS`, `WRITES` or `RESUMES` what becomes of it, so that one
+check, before any command begins, knows all files that it reads and writes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperCommand
+
+from reap.cli.completion import values_of
+from reap.cli.habits import ENGINE_HABITS, engine_habits, put_model_first
+from reap.cli.options import READS, RESUMES, WRITES, WRITES_FOLDER, PathRole, split_list
+from reap.cli.show import be_quiet
+from reap.engine.options import EngineArguments, EngineField, Listed, Whole, Word, engine_fields
+from reap.files.atomic import check_distinct, check_outputs
+
+_Function = TypeVar("_Function", bound=Callable[..., None])
+_NAMED_BY_WORD = ("auto", "none", "-")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One option or argument of a command: its type, typer's description of it, its default, its role where it is a
+    path."""
+
+    name: str
+    kind: Any
+    info: Any
+    default: Any
+    role: PathRole | None = None
+
+    @classmethod
+    def of(cls, name: str, hint: Any, default: Any) -> Parameter:
+        """From an annotation `Annotated[kind, typer.Option(...), READS]`."""
+        kind, *notes = typing.get_args(hint)
+        role = next((note for note in notes if isinstance(note, PathRole)), None)
+        return cls(name, kind, notes[0], default, role)
+
+    def as_typer_sees_it(self) -> inspect.Parameter:
+        """The parameter of the function that typer is given."""
+        hint = Annotated[(self.kind, self.info)]  # type: ignore[valid-type]
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=hint)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Parameters of a command that reach it as one argument, made by `build` of their values by name."""
+
+    build: Callable[[dict[str, Any]], Any]
+    parameters: tuple[Parameter, ...]
+
+
+_QUIET = Parameter("quiet", bool, typer.Option("--quiet", "-q", help="Show no progress."), False)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line.
+
+    run: the function. families: argument of `run` -> what it is made of.
+    """
+
+    name: str
+    example: str
+    run: Callable[..., None]
+    families: Mapping[str, _Family]
+
+    @classmethod
+    def of(cls, function: Callable[..., None], example: str, ctx_size: int | None) -> Command:
+        """Of a function whose parameters say what they are."""
+        hints = typing.get_type_hints(function, include_extras=True)
+        families = {
+            name: _family(name, hints[name], parameter.default, ctx_size)
+            for name, parameter in inspect.signature(function).parameters.items()
+        }
+        return cls(function.__name__.replace("_", "-"), example, function, families)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All that it takes."""
+        own = [parameter for family in self.families.values() for parameter in family.parameters]
+        return [*own, _QUIET]
+
+    def add_to(self, app: typer.Typer, panel: str | None) -> None:
+        """Make it a command of `app`."""
+
+        def callback(**values: Any) -> None:
+            be_quiet(values.pop("quiet"))
+            self.check_paths(values)
+            arguments = {
+                name: family.build({parameter.name: values[parameter.name] for parameter in family.parameters})
+                for name, family in self.families.items()
+            }
+            self.run(**arguments)
+
+        shown = [parameter.as_typer_sees_it() for parameter in self.parameters]
+        callback.__doc__ = self.run.__doc__
+        callback.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        callback.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+        has_model = any("--model" in (getattr(it.info, "param_decls", None) or ()) for it in self.parameters)
+        app.command(
+            self.name,
+            epilog=f"Example: {self.example}",
+            rich_help_panel=panel,
+            cls=TyperCommand if has_model else _ModelFirst,
+        )(callback)
+
+    def check_paths(self, values: Mapping[str, Any]) -> None:
+        """UsageError, before the work begins, where an output is another output or an input, or needs --force."""
+        paths: dict[PathRole | None, list[Path]] = {role: [] for role in PathRole}
+        for parameter in self.parameters:
+            if parameter.role is not None:
+                paths[parameter.role] += _paths_in(values.get(parameter.name))
+        check_distinct([*paths[WRITES], *paths[WRITES_FOLDER], *paths[RESUMES]], paths[READS])
+        check_outputs(paths[WRITES], force=bool(values.get("force")))
+
+
+class _ModelFirst(TyperCommand):
+    """A command whose model may be given by -m as well."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        takes_model = any(getattr(it, "human_readable_name", None) == "MODEL" for it in self.params)
+        return super().parse_args(ctx, put_model_first(args) if takes_model else args)
+
+
+@dataclass
+class Panel:
+    """A group of the help: its title and its commands, in order."""
+
+    title: str
+    commands: list[Command] = field(default_factory=list)
+
+    def command(self, example: str, *, ctx_size: int | None = None) -> Callable[[_Function], _Function]:
+        """Register a function under its name. `ctx_size`: the default where it takes the engine's options."""
+
+        def register(function: _Function) -> _Function:
+            self.commands.append(Command.of(function, example, ctx_size))
+            return function
+
+        return register
+
+    def add_to(self, app: typer.Typer) -> None:
+        """Make its commands those of `app`."""
+        for command in self.commands:
+            command.add_to(app, self.title)
+
+
+def _family(name: str, hint: Any, default: Any, ctx_size: int | None) -> _Family:
+    if hint is EngineArguments:
+        return _engine_family(ctx_size)
+    if isinstance(hint, type) and is_dataclass(hint):
+        hints = typing.get_type_hints(hint, include_extras=True)
+        return _Family(
+            lambda values: hint(**values),
+            tuple(Parameter.of(it.name, hints[it.name], it.default) for it in fields(hint)),
+        )
+    return _Family(lambda values: values[name], (Parameter.of(name, hint, default),))
+
+
+def _paths_in(value: Any) -> list[Path]:
+    """The paths that an option's value names: DOMAIN=PATH is one as well, the words that stand for no file are not."""
+    items = value if isinstance(value, list) else [value]
+    return [_path_of(str(item)) for item in items if item is not None and str(item) not in _NAMED_BY_WORD]
+
+
+def _path_of(text: str) -> Path:
+    domain, found, path = text.partition("=")
+    return Path(path if found and domain.isidentifier() and not Path(text).exists() else text)
+
+
+# ---- the engine's options
+
+
+def _engine_family(ctx_size: int | None) -> _Family:
+    if ctx_size is None:
+        raise TypeError("a command with the engine's options says its ctx_size")
+    own = [_engine_parameter(it, ctx_size if it.name == "ctx_size" else it.default) for it in engine_fields()]
+    habits = [Parameter.of(name, hint, None) for name, hint in ENGINE_HABITS.items()]
+    return _Family(_engine_arguments, (*own, *habits))
+
+
+def _engine_parameter(field: EngineField, default: Any) -> Parameter:
+    """How a command takes one of them."""
+    holds, option = field.option.holds, field.option
+    kind: Any = list[str] if isinstance(holds, Listed) else int if isinstance(holds, Whole) else str
+    default = None if isinstance(holds, Listed) else default
+    words = values_of(*holds.choices) if isinstance(holds, Word) and holds.choices else None
+    names = [name for name in (field.flag, option.short) if name is not None]
+    info = typer.Option(*names, metavar=option.metavar, help=option.help, autocompletion=words)
+    return Parameter(field.name, kind if default is not None else kind | None, info, default)
+
+
+def _engine_arguments(values: dict[str, Any]) -> EngineArguments:
+    """What a command was given, checked under the names that it was given by."""
+    placed = engine_habits(values)
+    given = {it.name: _engine_value(it, values[it.name]) for it in engine_fields()}
+    given["override_tensors"] = (*given["override_tensors"], *placed)
+    return typing.cast("EngineArguments", given)
+
+
+def _engine_value(field: EngineField, value: Any) -> Any:
+    if isinstance(field.option.holds, Listed):
+        value = split_list(value) or field.default
+    return value if value is None else field.option.holds.check(field.flag, value)
