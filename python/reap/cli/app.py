@@ -88,6 +88,7 @@ def reap(
     """
 
 
-for _panel in (measure.PANEL, cut.PANEL, evaluate.PANEL, utilities.PANEL):
+PANELS = (measure.PANEL, cut.PANEL, evaluate.PANEL, utilities.PANEL)
+for _panel in PANELS:
     _panel.add_to(app)
 app.add_typer(hf.group, rich_help_panel=utilities.PANEL.title)

@@ -9,21 +9,23 @@ check, before any command begins, knows all files that it reads and writes.
 from __future__ import annotations
 
 import inspect
+import operator
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
-from reap.cli.completion import values_of
+from reap.cli.completion import device_names, values_of
 from reap.cli.habits import ENGINE_HABITS, engine_habits, put_model_first
 from reap.cli.options import READS, RESUMES, WRITES, WRITES_FOLDER, PathRole, split_list
 from reap.cli.show import be_quiet
 from reap.engine.options import EngineArguments, EngineField, Listed, Whole, Word, engine_fields
 from reap.files.atomic import check_distinct, check_outputs
+from reap.files.atomic_directory import check_apart
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 _NAMED_BY_WORD = ("auto", "none", "-")
@@ -47,9 +49,15 @@ class Parameter:
         role = next((note for note in notes if isinstance(note, PathRole)), None)
         return cls(name, kind, notes[0], default, role)
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """--name, -n; none of an argument."""
+        given = (self.info.default, *(self.info.param_decls or ()))  # typer takes the first one for a default
+        return tuple(name for name in given if isinstance(name, str) and name.startswith("-"))
+
     def as_typer_sees_it(self) -> inspect.Parameter:
         """The parameter of the function that typer is given."""
-        hint = Annotated[(self.kind, self.info)]  # type: ignore[valid-type]
+        hint: Any = operator.getitem(Annotated, (self.kind, self.info))
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=hint)
 
 
@@ -108,7 +116,7 @@ class Command:
         callback.__doc__ = self.run.__doc__
         callback.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         callback.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
-        has_model = any("--model" in (getattr(it.info, "param_decls", None) or ()) for it in self.parameters)
+        has_model = any("--model" in parameter.flags for parameter in self.parameters)
         app.command(
             self.name,
             epilog=f"Example: {self.example}",
@@ -122,6 +130,8 @@ class Command:
         for parameter in self.parameters:
             if parameter.role is not None:
                 paths[parameter.role] += _paths_in(values.get(parameter.name))
+        for directory in paths[WRITES_FOLDER]:
+            check_apart(directory, paths[READS])
         check_distinct([*paths[WRITES], *paths[WRITES_FOLDER], *paths[RESUMES]], paths[READS])
         check_outputs(paths[WRITES], force=bool(values.get("force")))
 
@@ -130,7 +140,7 @@ class _ModelFirst(TyperCommand):
     """A command whose model may be given by -m as well."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        takes_model = any(getattr(it, "human_readable_name", None) == "MODEL" for it in self.params)
+        takes_model = any(getattr(it, "metavar", None) == "MODEL" for it in self.params)
         return super().parse_args(ctx, put_model_first(args) if takes_model else args)
 
 
@@ -161,10 +171,11 @@ def _family(name: str, hint: Any, default: Any, ctx_size: int | None) -> _Family
         return _engine_family(ctx_size)
     if isinstance(hint, type) and is_dataclass(hint):
         hints = typing.get_type_hints(hint, include_extras=True)
-        return _Family(
-            lambda values: hint(**values),
-            tuple(Parameter.of(it.name, hints[it.name], it.default) for it in fields(hint)),
+        made_of = tuple(
+            Parameter.of(it.name, hints[it.name], inspect.Parameter.empty if it.default is MISSING else it.default)
+            for it in fields(hint)
         )
+        return _Family(lambda values: hint(**values), made_of)
     return _Family(lambda values: values[name], (Parameter.of(name, hint, default),))
 
 
@@ -196,6 +207,8 @@ def _engine_parameter(field: EngineField, default: Any) -> Parameter:
     kind: Any = list[str] if isinstance(holds, Listed) else int if isinstance(holds, Whole) else str
     default = None if isinstance(holds, Listed) else default
     words = values_of(*holds.choices) if isinstance(holds, Word) and holds.choices else None
+    if field.name == "devices":
+        words = device_names()
     names = [name for name in (field.flag, option.short) if name is not None]
     info = typer.Option(*names, metavar=option.metavar, help=option.help, autocompletion=words)
     return Parameter(field.name, kind if default is not None else kind | None, info, default)

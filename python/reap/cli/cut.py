@@ -52,9 +52,7 @@ class Selection:
 
     keep: Annotated[
         str,
-        typer.Option(
-            "--keep", metavar=KEEP_FORM, help="Experts to keep: 0.5 and 50% are half of them, 64 is 64 of them."
-        ),
+        typer.Option("--keep", metavar=KEEP_FORM, help="Experts to keep: 0.5 and 50% are half, 64 is 64."),
     ]
     metric: Annotated[str | None, METRIC] = None
     protect: Protect = None
@@ -93,9 +91,7 @@ class Refinement:
     def check(self, model: Path | None) -> None:
         """UsageError where an option is missing that another needs."""
         if self.refine is not None and (model is None or not self.text):
-            raise UsageError(
-                "--refine needs --model MODEL, which is run, and --text TEXT, calibration text to run it on"
-            )
+            raise UsageError("--refine needs --model MODEL, which is run, and --text TEXT, calibration text")
         if self.refine is None and self.text:
             raise UsageError("--text is for --refine TIME")
 
@@ -105,7 +101,6 @@ def plan(
     profile: ProfilePath,
     selection: Selection,
     search: Refinement,
-    engine: EngineArguments,
     output: OptionalOutput = None,
     model: Annotated[
         Path | None,
@@ -114,6 +109,8 @@ def plan(
     ] = None,
     force: Force = False,
     json: Json = False,
+    *,
+    engine: EngineArguments,
 ) -> None:
     """Choose the experts that each layer keeps.
 

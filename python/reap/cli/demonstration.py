@@ -99,7 +99,7 @@ def demo(out: Path) -> None:
     info = reap.inspect(work.model)
     experts = f"{len(info.moe_layers)} layers of {info.n_experts} experts, of which a token uses {info.n_experts_used}"
     say(f"A model of {bytes_text(info.n_bytes)}: {experts}.")
-    say(f"\n$ reap profile {work.model} {work.calibration} -o {work.profile} -c 512 -t {THREADS}")
+    say(f"\n$ reap profile {work.model} {work.calibration} -o {work.profile} -c 512 -t {THREADS} --force")
     with progress_bar("profiling") as progress:
         profile = reap.profile(work.model, work.calibration, ctx_size=512, threads=THREADS, progress=progress)
     profile.save(work.profile)
@@ -107,9 +107,9 @@ def demo(out: Path) -> None:
     rows = [_evaluate("baseline", info.n_experts, work, work.model)]
     for keep in KEEPS:
         rows += _prune_and_evaluate(work, profile, keep)
-    say(f"\n$ reap report {work.profile} --plan {work.plan(0.5)} --model {work.model} -o {work.report}")
+    say(f"\n$ reap report {work.profile} --plan {work.plan(0.5)} --model {work.model} -o {work.report} --force")
     table = reap.Sweep(rows=tuple(row for model in rows for row in model.sweep_rows))
-    reap.report(profile, work.report, plan=work.plan(0.5), model=work.model, sweep=table)
+    reap.report(profile, work.report, plan=work.plan(0.5), model=work.model, sweep=table, force=True)
     columns = ["model", "size", *(f"perplexity, {domain}" for domain in DOMAINS), "seconds"]
     say("")
     print_table(columns, [_cells(row, info.n_experts) for row in rows])
@@ -136,7 +136,7 @@ def _unpack(work: _Files) -> None:
 
 def _prune_and_evaluate(work: _Files, profile: Profile, keep: float) -> list[_Row]:
     """By REAP, the file stays; by the others, for comparison only, it does not."""
-    say(f"\n$ reap plan {work.profile} --keep {keep} -o {work.plan(keep)}")
+    say(f"\n$ reap plan {work.profile} --keep {keep} -o {work.plan(keep)} --force")
     say(f"$ reap prune {work.model} --plan {work.plan(keep)} -o {work.pruned(keep)} --force")
     for domain in DOMAINS:
         say(f"$ reap evaluate {work.pruned(keep)} {work.heldout(domain)} -t {THREADS}")

@@ -48,7 +48,6 @@ def evaluate(
         ),
         READS,
     ],
-    engine: EngineArguments,
     reference: Annotated[
         Path | None,
         typer.Option("--reference", metavar="MODEL", help="Compare with this model, the one before pruning say."),
@@ -63,6 +62,8 @@ def evaluate(
         bool, typer.Option("--loops", help="Let the model continue a few prompts, and look for repetition.")
     ] = False,
     json: Json = False,
+    *,
+    engine: EngineArguments,
 ) -> None:
     """Measure how well a model predicts a text, and how far it agrees with another."""
     with progress_bar("evaluating") as progress:
@@ -205,7 +206,6 @@ def sweep(
         READS,
     ],
     candidates: Candidates,
-    engine: EngineArguments,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File to write; holds the rows so far while it runs."),
@@ -213,6 +213,8 @@ def sweep(
     ] = None,
     force: Force = False,
     json: Json = False,
+    *,
+    engine: EngineArguments,
 ) -> None:
     """Judge many sizes and criteria on held-out text, without writing a model; the weights are loaded once."""
     with progress_bar("sweeping") as progress:

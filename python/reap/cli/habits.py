@@ -18,7 +18,7 @@ ENGINE_HABITS: Mapping[str, Any] = {
     ],
     "n_cpu_moe": Annotated[
         int | None,
-        typer.Option("--n-cpu-moe", "-ncmoe", metavar="N", help="Keep the experts of the first N layers there."),
+        typer.Option("--n-cpu-moe", "-ncmoe", metavar="N", help="Keep the experts of the first N layers in it."),
     ],
 }
 

@@ -32,7 +32,7 @@ from reap.cli.show import print_facts, print_json, progress_bar
 from reap.engine.options import PROFILE_CTX_SIZE
 
 group = typer.Typer(name="hf", no_args_is_help=True, rich_markup_mode="rich", help="Work on Hugging Face checkpoints.")
-_COMMANDS = Panel("Commands")
+PANEL = Panel("Commands")
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,7 @@ class TorchOptions:
     trust_remote_code: TrustRemoteCode = False
 
 
-@_COMMANDS.command(
-    "reap hf profile Nemotron-3-Nano calibration.jsonl -o nemotron.reap.json --device cuda --load-in-4bit"
-)
+@PANEL.command("reap hf profile Nemotron-3-Nano calibration.jsonl -o nemotron.reap.json --device cuda --load-in-4bit")
 def profile(
     checkpoint_dir: HfDir,
     calibration: CalibrationPaths,
@@ -98,7 +96,7 @@ def profile(
     print_profile(measured, output)
 
 
-@_COMMANDS.command("reap hf prune Qwen3-30B-A3B --profile model.reap.json --keep 0.5 -o Qwen3-half")
+@PANEL.command("reap hf prune Qwen3-30B-A3B --profile model.reap.json --keep 0.5 -o Qwen3-half")
 def prune(
     checkpoint_dir: HfDir,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write."), WRITES_FOLDER],
@@ -134,5 +132,5 @@ def prune(
     print_facts(report_facts(report))
 
 
-for _command in _COMMANDS.commands:
+for _command in PANEL.commands:
     _command.add_to(group, None)

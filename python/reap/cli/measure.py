@@ -106,8 +106,9 @@ def profile(
     output: Output,
     text: TextOptions,
     kept: ResumeOptions,
-    engine: EngineArguments,
     force: Force = False,
+    *,
+    engine: EngineArguments,
 ) -> None:
     """Measure what each expert contributes on a calibration text."""
     source: Any = calibration if len(calibration) > 1 else calibration[0]

@@ -67,7 +67,7 @@ METRIC = typer.Option(
     autocompletion=completion.metrics(),
 )
 Metric = Annotated[str, METRIC]
-KEEP_FORM = "N|FRACTION|PERCENT"
+KEEP_FORM = "N|FRACTION|P%"
 Protect = Annotated[
     list[str] | None, typer.Option("--protect", metavar="LAYER:ID,...", help="Experts to keep whatever their score.")
 ]

@@ -19,11 +19,8 @@ def check_output_directory(output: Path, inputs: Iterable[Path], *, marker: str,
     An empty directory is as good as none. `force` replaces only what looks like an earlier output: a directory that
     holds the file `marker`.
     """
+    check_apart(output, inputs)
     real = Path(os.path.realpath(output))
-    for source in inputs:
-        origin = Path(os.path.realpath(source))
-        if real == origin or origin in real.parents or real in origin.parents:
-            raise UsageError(f"{output}: is the input {source}, lies in it or holds it; choose another output")
     if not real.parent.is_dir():
         raise UsageError(f"{output}: there is no directory {real.parent}")
     if not os.path.lexists(real):
@@ -38,6 +35,15 @@ def check_output_directory(output: Path, inputs: Iterable[Path], *, marker: str,
         raise UsageError(
             f"{output}: exists and has no {marker}, so it is not a directory that --force (force=True) would replace"
         )
+
+
+def check_apart(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise UsageError where a directory to write is one of the `inputs`, lies in it or holds it."""
+    real = Path(os.path.realpath(output))
+    for source in inputs:
+        origin = Path(os.path.realpath(source))
+        if real == origin or origin in real.parents or real in origin.parents:
+            raise UsageError(f"{output}: is the input {source}, lies in it or holds it; choose another output")
 
 
 @contextmanager
