@@ -8,11 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a long call is: `done` of `total` units; `total` is None where nobody knows it yet."""
+    """How far a long call is: `done` of `total` units."""
 
     done: int
     total: int | None
+    """None where it is not known yet; an estimate in a profile, until the end."""
     unit: str = "tokens"
+    rate: float | None = None
+    """Units a second in this process; None where the work does not say."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At this rate; None where the rate or the total is not known."""
+        if self.total is None or not self.rate:
+            return None
+        return max(0, self.total - self.done) / self.rate
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -414,7 +414,7 @@ def test_resume_gives_the_same_bits(folder: Path, calibration: Path, tmp_path: P
     assert stops > 0
     for field in ("counts", "total_tokens", *SUMS):
         np.testing.assert_array_equal(getattr(resumed, field), getattr(whole, field))
-    with pytest.raises(UsageError, match="a checkpoint is there already"):
+    with pytest.raises(UsageError, match="a resume file is there already"):
         hf.profile(folder, calibration, checkpoint=kept, **options)
     with pytest.raises(MismatchError, match="options dtype 'auto', where this one has 'bfloat16'"):
         hf.profile(folder, calibration, checkpoint=kept, resume=True, dtype="bfloat16", **options)

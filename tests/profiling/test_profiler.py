@@ -187,7 +187,9 @@ def test_a_resumed_run_gives_the_same_to_the_last_bit(model: Path, tmp_path: Pat
         except Interrupted as stop:
             messages.append(str(stop))
     assert len(messages) >= 2
-    assert all("run.checkpoint keeps; --resume" in message for message in messages)
+    assert any("run.checkpoint keeps; --resume" in message for message in messages)
+    # the first sample may take more batches than the first limit
+    assert all("goes on from there" in message or "before a sample was done" in message for message in messages)
     assert (resumed.counts == straight.counts).all()
     for name in SUMS:
         assert (getattr(resumed, name) == getattr(straight, name)).all()
@@ -199,7 +201,7 @@ def test_a_checkpoint_of_another_run_is_refused(model: Path, broken_model: Path,
     path = write_jsonl(tmp_path / "c.jsonl", samples(6))
     keep = tmp_path / "run.checkpoint"
     profile(model, path, checkpoint=keep, **EXACT)
-    with pytest.raises(UsageError, match=r"run\.checkpoint: a checkpoint is there already"):
+    with pytest.raises(UsageError, match=r"run\.checkpoint: a resume file is there already"):
         profile(model, path, checkpoint=keep, **EXACT)
     again = {"checkpoint": keep, "resume": True, **EXACT}
     with pytest.raises(MismatchError, match="options ctx_size 2048, where this one has 64"):
@@ -210,8 +212,6 @@ def test_a_checkpoint_of_another_run_is_refused(model: Path, broken_model: Path,
         profile(broken_model, path, **again)
     with pytest.raises(MismatchError, match="another calibration"):
         profile(model, write_jsonl(tmp_path / "d.jsonl", samples(7)), **again)
-    with pytest.raises(UsageError, match="standard input cannot be read again"):
-        profile(model, "-", **again)
     with pytest.raises(UsageError, match="resume needs a checkpoint"):
         profile(model, path, resume=True, **EXACT)
 
@@ -276,7 +276,7 @@ def test_the_command_line_exits_with_130_and_goes_on(model: Path, tmp_path: Path
     assert not out.exists()
     again = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     assert again.returncode == 2
-    assert "a checkpoint is there already" in again.stderr
+    assert "a resume file is there already" in again.stderr
     short = write_jsonl(tmp_path / "d.jsonl", samples(5))
     arguments[3], arguments[4] = str(model), str(short)
     keep.unlink()

@@ -6,144 +6,123 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from reap.engine import native
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.engine.session import SessionTokenizer, open_session
-from reap.errors import CalibrationError, EngineError, Interrupted, UnsupportedModelError, UsageError
+from reap.errors import UnsupportedModelError, UsageError
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
-from reap.profiling.resume import Checkpoint, State, identify_calibration
-from reap.profiling.run import SHARED_SEQUENCES, Run, total
+from reap.profiling.arguments import divide, shows
+from reap.profiling.record import make_profile
+from reap.profiling.resume import SECONDS, ResumeFile
+from reap.profiling.run import SHARED_SEQUENCES, measure
 from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
-from reap.text.calibration import Calibration
+from reap.text.calibration import Calibration, TextArguments
 from reap.version import version
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+class Arguments(EngineArguments, TextArguments, total=False):
+    """How a model is run (`EngineOptions`) and the text is read (`Calibration`)."""
+
+
+@shows((TextArguments, Calibration))
 @shows_engine_options(ctx_size=PROFILE_CTX_SIZE)
 def profile(
     model: str | os.PathLike[str],
     calibration: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
     *,
-    chat_template: str | os.PathLike[str] = "none",
-    mask: str = "all",
-    parse_special: bool = True,
-    max_tokens: int | None = None,
+    prediction_layers: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    checkpoint_seconds: float = 30.0,
+    checkpoint_seconds: float = SECONDS,
     progress: ProgressCallback | None = None,
-    **engine: Unpack[EngineArguments],
+    **options: Unpack[Arguments],
 ) -> Profile:
     """Measure what each expert of `model` (a GGUF file) contributes on `calibration` (JSON Lines, text, "-", or
     dictionaries).
 
     For the tokens routed to an expert the profile sums g, ‖f‖, g·‖f‖ and (g·‖f‖)², where g is the gate that multiplies
-    the expert's output f (Lasby et al., "REAP the Experts", arXiv:2510.13999). The engine's options are those of
-    `reap.engine.options.EngineOptions`, those of the text are `Calibration`'s; `max_tokens` stops after that many
-    tokens. `checkpoint` names a file that keeps what was measured, at most every `checkpoint_seconds`; with `resume` a
-    run goes on from it, to the same result. A sample that the engine fails on is left out whole and named in
-    `profile.calibration["failed_samples"]`.
+    the expert's output f (Lasby et al., "REAP the Experts", arXiv:2510.13999). A sample that the engine fails on is
+    left out whole and named in `profile.calibration["failed_samples"]`.
+
+    Args:
+        model: a GGUF file, the first one where it is split.
+        calibration: what is read; `Calibration` explains it and the options of the text.
+        prediction_layers: profile a multi-token-prediction block with experts as well.
+        checkpoint: a file that keeps what was measured, whatever ends the run.
+        resume: go on from that file, to the same result.
+        checkpoint_seconds: between two savings, at least.
+        progress: told after each batch how far the run is.
+        options: those of the text (`Calibration`) and of the engine (`reap.engine.options.EngineOptions`).
 
     Raises:
-        UsageError: an option, a file that is not there, a checkpoint of another run (MismatchError).
+        UsageError: an option, a file that is not there, a resume file that is in the way or of another run
+            (MismatchError).
         FormatError, UnsupportedModelError: the model is damaged, dense, or of a kind that cannot be profiled.
         CalibrationError: the calibration has no usable sample, or a line that cannot be read; it names file and line.
         EngineError: llama.cpp failed.
-        Interrupted: Ctrl-C with a checkpoint, which was saved. Without one it is KeyboardInterrupt, answered within one
-        layer.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP with a checkpoint, which was saved. Without one Ctrl-C is
+            KeyboardInterrupt. It is answered within one layer.
     """
-    options = EngineOptions.of(engine, ctx_size=PROFILE_CTX_SIZE)
+    for_engine, for_text = divide("profile", options, EngineArguments, TextArguments)
+    engine = EngineOptions.of(for_engine, ctx_size=PROFILE_CTX_SIZE)
     info = inspect(model)
     require_moe(info)
-    source = Calibration(
-        calibration,
-        ctx_size=options.ctx_size or info.context_length,
-        chat_template=chat_template,
-        mask=mask,
-        parse_special=parse_special,
-        max_tokens=max_tokens,
-    )
+    source = Calibration(calibration, ctx_size=engine.ctx_size or info.context_length, **for_text)
+    layers, prediction = _layers(info, prediction_layers)
     keeper = None
     if checkpoint is not None:
-        keeper = Checkpoint(checkpoint, _identity(info, options, source), seconds=checkpoint_seconds, resume=resume)
+        identity = _identity(info, layers, engine, source)
+        shape = (len(layers), info.n_experts)
+        keeper = ResumeFile(checkpoint, identity, shape=shape, resume=resume, seconds=checkpoint_seconds)
     elif resume:
         raise UsageError("resume needs a checkpoint to go on from")
-    state = keeper.load() if keeper else None
+    source.check()  # before a model is loaded for nothing
     try:
         session = open_session(
             model,
-            options,
+            engine,
             n_sequences=SHARED_SEQUENCES,
             n_bytes=info.n_bytes,
             head_on_host=True,
-            prediction_layer=_prediction_layer(info),
+            prediction_layer=prediction,
         )
-        session.start_profile(list(info.moe_layers), info.n_experts)
+        session.start_profile(layers, info.n_experts)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{info.path}: {info.architecture} cannot be profiled: {error}") from error
-    run = Run(session, SessionTokenizer(session), source, keeper, progress)
-    try:
-        run.go(state or State())
-    except KeyboardInterrupt as interrupt:
-        if keeper is None:
-            raise
-        keeper.save(run.state())
-        raise Interrupted(
-            f"stopped after {session.units} samples, which {keeper.path} keeps; --resume (resume=True) goes on from"
-            " there"
-        ) from interrupt
-    if keeper:
-        keeper.save(run.state())
-    return _to_profile(info, options, source, run)
+    result = measure(session, SessionTokenizer(session), source, keeper, progress)
+    ran_by = {"reap": version(), "llama_cpp": native.load().__llama_cpp_commit__, "options": engine.record()}
+    return make_profile(result, source, layers=layers, model=_model_record(info), engine=ran_by)
 
 
-def _prediction_layer(info: ModelInfo) -> int | None:
-    """The multi-token-prediction block with experts, which only a context of its own runs; None where there is none."""
-    layers = [layer for layer in info.moe_layers if layer >= info.n_layers - info.n_prediction_layers]
-    if len(layers) > 1:
-        named = ", ".join(map(str, layers))
+def _layers(info: ModelInfo, prediction_layers: bool) -> tuple[list[int], int | None]:
+    """The MoE layers to profile, and that of them which only a context of its own runs: a multi-token-prediction
+    block."""
+    first = info.n_layers - info.n_prediction_layers
+    trunk = [layer for layer in info.moe_layers if layer < first]
+    prediction = [layer for layer in info.moe_layers if layer >= first]
+    if not prediction_layers or not prediction:
+        return trunk, None
+    if len(prediction) > 1:
+        named = ", ".join(map(str, prediction))
         raise UnsupportedModelError(
-            f"the layers {named} predict further tokens; the engine can run only one such layer with experts"
+            f"{info.path}: the layers {named} predict further tokens; the engine can run only one such layer with"
+            " experts (--no-prediction-layers, prediction_layers=False, profiles the others)"
         )
-    return layers[0] if layers else None
+    return [*trunk, prediction[0]], prediction[0]
 
 
-def _identity(info: ModelInfo, options: EngineOptions, source: Calibration) -> dict[str, Any]:
-    """What makes two runs the same run."""
+def _identity(info: ModelInfo, layers: list[int], engine: EngineOptions, source: Calibration) -> dict[str, Any]:
+    """What makes two runs the same run, apart from the calibration, which is known as it is consumed."""
     model = {"fingerprint": info.fingerprint, "router_fingerprint": info.router_fingerprint, "n_bytes": info.n_bytes}
-    texts = {"chat_template": source.chat_template, "mask": source.mask, "parse_special": source.parse_special}
     return {
-        "model": model,
-        "calibration": identify_calibration(source.paths),
-        "options": {**options.record(), **texts, "max_tokens": source.max_tokens},
+        "model": {**model, "layers": layers},
+        "options": {**engine.record(), **source.options()},
         "reap": version(),
     }
-
-
-def _to_profile(info: ModelInfo, options: EngineOptions, source: Calibration, run: Run) -> Profile:
-    summary = source.summary()
-    groups = {domain: run.session.sums(group) for group, domain in enumerate(run.domains)}
-    if not any(int(sums["total_tokens"].sum()) for sums in groups.values()):
-        reason = next(iter(run.failed.values()), None)
-        if reason:
-            raise EngineError(reason)
-        raise CalibrationError(
-            f"{', '.join(summary['files'])}: no token of the calibration was counted, so nothing was measured"
-        )
-    failed = [run.failed[unit] for unit in sorted(run.failed)]
-    return Profile.from_sums(
-        layers=np.asarray(info.moe_layers, dtype=np.int64),
-        **total(list(groups.values())),
-        model=_model_record(info),
-        calibration={**summary, "failed": len(failed), "failed_samples": failed},
-        engine={"reap": version(), "llama_cpp": native.load().__llama_cpp_commit__, "options": options.record()},
-        domains={domain: sums for domain, sums in groups.items() if domain is not None},
-    )
 
 
 def _model_record(info: ModelInfo) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Checkpoints of a profiling run: what was measured so far, and of what, so that a later run goes on to the same
-result."""
+"""Resume files: what a run has measured so far, and of what, so that a later run goes on to the same result."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,109 +15,130 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reap.errors import FormatError, MismatchError, UsageError
+from reap.errors import FormatError, MismatchError, OutputError, ReapWarning, UsageError
 from reap.files.atomic import write_whole
 from reap.files.strict_json import Node, json_bytes, read_json
+from reap.scores.profile import Profile
 from reap.scores.records import SUMS
 
-FORMAT = "reap.checkpoint"
+FORMAT = "reap.resume"
 VERSION = 1
+_OLDER_FORMAT = "reap.checkpoint"
 # saving may take at most about this share of the time
 _SAVING_SHARE = 0.05
+SECONDS = 30.0
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass
 class State:
-    """Where a run is.
-
-    units: samples (or windows of a text file) that are done, those that failed included. domains: group -> name, None
-    for lines without one. groups: sums of each, as `Session.sums` gives them. failed: unit -> "where: why".
-    """
+    """Where a run is."""
 
     units: int = 0
+    """Samples (or windows of a text file) that are done, those that failed included; skipped ones are not units."""
+    consumed: str = ""
+    """`Window.consumed` of the last of these units, in hexadecimal digits; "" where there is none."""
     domains: list[str | None] = field(default_factory=list)
+    """Group -> name; None for lines without a domain."""
     groups: list[Arrays] = field(default_factory=list)
+    """The sums of each group, as `Session.sums` gives them."""
     failed: dict[int, str] = field(default_factory=dict)
+    """Unit -> "where: why", of the units that the engine failed on."""
 
 
-class Checkpoint:
+def beside(output: str | os.PathLike[str]) -> Path | None:
+    """Where the state of a run is kept that is to write `output`; None where that is a device or a pipe."""
+    path = Path(output)
+    return path.with_name(f"{path.name}.resume") if path.is_file() or not path.exists() else None
+
+
+class ResumeFile:
     """One file, written whole or not at all, at most every `seconds` (less often where writing it takes long).
 
-    identity: JSON object of what the run is: model, calibration, options. Raises UsageError where a file is in the way
-    and `resume` is off, MismatchError where it is of another run, FormatError where it is damaged.
+    `state` is where the run begins: what the file holds with `resume`, else nothing.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], identity: Mapping[str, Any], *, seconds: float, resume: bool
+        self,
+        path: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        *,
+        shape: tuple[int, int],
+        resume: bool,
+        seconds: float = SECONDS,
     ) -> None:
+        """Look at the file, and read it with `resume`.
+
+        Args:
+            path: the file; it need not exist.
+            identity: what the run is, as JSON types: its model, its options.
+            shape: MoE layers, and experts of each.
+            resume: go on from the file where there is one.
+            seconds: between two savings.
+
+        Raises:
+            UsageError: a file is there and `resume` is off.
+            MismatchError: the file is of another run.
+            FormatError: it is damaged, or of another version of reap.
+        """
         self.path = Path(path)
-        self._identity = dict(identity)
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))  # tuples are lists once they were in a file
+        self._shape = shape
         self._seconds = seconds
         self._saved_at = time.monotonic()
         self._cost = 0.0
+        self._has_warned = False
         if self.path.exists() and not resume:
             raise UsageError(
-                f"{self.path}: a checkpoint is there already; --resume (resume=True) goes on from it, removing it"
+                f"{self.path}: a resume file is there already; --resume (resume=True) goes on from it, removing it"
                 " begins anew"
             )
+        self.state = self._load() if self.path.exists() else State()
 
-    def load(self) -> State | None:
-        """The state to go on from; None where there is no file yet."""
-        if not self.path.exists():
-            return None
-        node = read_json(self.path, what="checkpoint")
-        if node["format"].string() != FORMAT or node["version"].integer() != VERSION:
-            raise FormatError(f"{self.path}: is no checkpoint of this version of reap")
+    def _load(self) -> State:
+        node = read_json(self.path, what="resume file")
+        found = node["format"].string()
+        if found == _OLDER_FORMAT:
+            raise FormatError(
+                f"{self.path}: is a resume file of an older release of reap, which counted samples in another way;"
+                " remove it to begin anew"
+            )
+        if found != FORMAT or node["version"].integer() != VERSION:
+            raise FormatError(f"{self.path}: is not a resume file of this version of reap")
         _compare(self.path, node["identity"].members(), self._identity)
-        return _read_state(node)
+        return _read_state(node, self._shape)
 
     def is_due(self) -> bool:
-        """Whether enough time has passed since the last one."""
+        """Whether enough time has passed since the last saving."""
         return time.monotonic() - self._saved_at >= max(self._seconds, self._cost / _SAVING_SHARE)
+
+    def save_or_warn(self, state: State) -> None:
+        """Write the state; where that fails the run goes on, with a ReapWarning for the first time."""
+        try:
+            self.save(state)
+        except OutputError as error:
+            self._saved_at = time.monotonic()
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(f"{error}; the run goes on without it", ReapWarning, stacklevel=2)
 
     def save(self, state: State) -> None:
         """Write the state. Raises OutputError where that fails; the file before it is kept then."""
         started = time.monotonic()
-        groups = [{name: values.tolist() for name, values in group.items()} for group in state.groups]
-        failed = {str(unit): reason for unit, reason in state.failed.items()}
         document = {
             "format": FORMAT,
             "version": VERSION,
             "identity": self._identity,
             "units": state.units,
+            "consumed": state.consumed,
             "domains": state.domains,
+            "failed": {str(unit): reason for unit, reason in state.failed.items()},
+            "groups": [{name: values.tolist() for name, values in group.items()} for group in state.groups],
         }
-        write_whole(self.path, json_bytes({**document, "failed": failed, "groups": groups}), force=True)
+        write_whole(self.path, json_bytes(document), force=True)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
-
-
-def identify_calibration(paths: Sequence[str]) -> list[str]:
-    """sha256 of each file. UsageError for standard input, which cannot be read twice."""
-    if "-" in paths:
-        raise UsageError("standard input cannot be read again, so a run over it cannot have a checkpoint; give a file")
-    return [_digest(path) for path in paths]
-
-
-def _digest(path: str) -> str:
-    try:
-        with open(path, "rb") as handle:
-            return (
-                hashlib.file_digest(handle, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else _digest_blocks(handle)
-            )
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _digest_blocks(handle: Any) -> str:
-    digest = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _compare(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -132,20 +154,45 @@ def _compare(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) 
         raise MismatchError(f"{path}: is of another {part} ({had!r}) than this run's ({wanted!r})")
 
 
-def _read_state(node: Node) -> State:
+# ---- reading: FormatError for what no run writes
+
+
+def _read_state(node: Node, shape: tuple[int, int]) -> State:
+    units = node["units"].integer()
+    consumed = node["consumed"]
+    if not re.fullmatch("[0-9a-f]{64}" if units else "", consumed.string()):
+        consumed.fail("should be the SHA-256 of what was consumed, in hexadecimal digits")
     domains = [None if value is None else Node(value, "domain").string() for value in node["domains"].entries()]
-    failed = {int(unit): reason.string() for unit, reason in node["failed"].items()}
-    groups = [_read_group(node["groups"].entry(index)) for index in range(len(node["groups"].entries()))]
+    if len(set(domains)) != len(domains):
+        node["domains"].fail("names a domain twice")
+    groups = [_read_group(node["groups"].entry(index), shape) for index in range(len(node["groups"].entries()))]
     if len(groups) != len(domains):
         node["groups"].fail(f"has {len(groups)} entries for {len(domains)} domains")
-    return State(node["units"].integer(), domains, groups, failed)
+    return State(units, consumed.string(), domains, groups, _read_failed(node["failed"], units))
 
 
-def _read_group(node: Node) -> Arrays:
-    total = node["total_tokens"].integers()
-    rows = range(len(total))
-    arrays: dict[str, NDArray[Any]] = {"total_tokens": total}
-    arrays["counts"] = np.stack([node["counts"].entry(row).integers() for row in rows])
-    for name in SUMS:
-        arrays[name] = np.stack([node[name].entry(row).numbers() for row in rows])
+def _read_failed(node: Node, units: int) -> dict[int, str]:
+    failed = {}
+    for key, reason in node.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,17}", key) or int(key) >= units:
+            reason.fail(f"is not one of the {units} samples that are done")
+        failed[int(key)] = reason.string()
+    return failed
+
+
+def _read_group(node: Node, shape: tuple[int, int]) -> Arrays:
+    n_layers, n_experts = shape
+    arrays: dict[str, Any] = {"total_tokens": node["total_tokens"].integers(n_layers)}
+    for name in ("counts", *SUMS):
+        rows = node[name]
+        if len(rows.entries()) != n_layers:
+            rows.fail(f"has {len(rows.entries())} entries where {n_layers} were expected")
+        entries = [rows.entry(row) for row in range(n_layers)]
+        arrays[name] = np.stack(
+            [entry.integers(n_experts) if name == "counts" else entry.numbers(n_experts) for entry in entries]
+        )
+    try:  # what a profile could not hold must not be found at the end of the run
+        Profile.from_sums(layers=range(n_layers), **arrays, model={"n_experts": n_experts})
+    except FormatError as error:
+        node.fail(f"cannot be the sums of a run: {error}")
     return arrays

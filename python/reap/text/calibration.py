@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,17 @@ DOMAINS_LIMIT = 256
 _SKIPS_NAMED = 100
 
 
+class TextArguments(TypedDict, total=False):
+    """Keyword arguments that a function hands on to `Calibration`, where they are explained."""
+
+    chat_template: str | os.PathLike[str]
+    mask: str
+    parse_special: bool
+    max_tokens: int | None
+    columns: Mapping[str, str] | None
+    skip_bad_lines: bool
+
+
 @dataclass(frozen=True)
 class Window:
     """Tokens that the model sees at once, at most ctx_size of them.
@@ -33,7 +44,8 @@ class Window:
     tokens   int32 [n_tokens]
     counted  bool [n_tokens]: whether the token enters the statistics
     sample   number of the sample among those used, from 0; a long sample has several windows, in order
-    unit     number of what is counted whole or not at all, from 0: a sample, or one window of a text file
+    unit     number of what is counted whole or not at all, from 0 and without gaps: a sample, or one window of a text
+             file
     where    file and line, for errors
     consumed SHA-256 over all windows up to and including this one: what was read so far, however it lay in files. Two
              calibrations whose windows begin alike have the same value there
@@ -100,6 +112,7 @@ class Calibration:
         self.n_windows = 0
         self._units = 0
         self._skips = Counter[str]()
+        self._encoded_tokens = 0
         self._skipped_lines: list[str] = []
         self._untemplated_pairs = 0
         self._sketch = Sketch()
@@ -126,12 +139,21 @@ class Calibration:
         """What was found in each file, so far."""
         return self._reader.records
 
+    def options(self) -> dict[str, Any]:
+        """The options that say how a text is read, as JSON types."""
+        return {
+            "chat_template": self.chat_template,
+            "mask": self.mask,
+            "parse_special": self.parse_special,
+            "max_tokens": self.max_tokens,
+        }
+
     def windows(self, tokenizer: Tokenizer) -> Iterator[Window]:
         """The windows of all samples, in order.
 
-        Raises CalibrationError that names file and line where a line cannot be used, and where no sample is left at
-        all. A sample without tokens (or, with mask "response", without a response) is skipped and reported in
-        `summary`.
+        Raises CalibrationError that names file and line where a line cannot be used, once all units before it are
+        complete, and where no sample is left at all. A sample without tokens (or, with mask "response", without a
+        response) is skipped and reported in `summary`.
         """
         self._reset()
         encoder = Encoder(
@@ -158,7 +180,8 @@ class Calibration:
         ids: list[int] = []
         counted: list[bool] = []
         number: int | None = None
-        for part in chain([first], parts):
+        # the next line is looked at only where it may go on with the same text: an error in it comes after this sample
+        for part in chain([first], parts) if first.is_file else [first]:
             try:
                 part_ids, part_counted = self._encode(encoder, part)
             except SampleLeftOut as left_out:
@@ -168,6 +191,7 @@ class Calibration:
             counted += part_counted
             if number is None and self._has_content(part, ids, counted):
                 number, self.samples = self.samples, self.samples + 1
+            self._encoded_tokens += len(part_ids) if number is not None else 0
             start = 0
             while number is not None and len(ids) - start > self.ctx_size:
                 end = start + self.ctx_size
@@ -180,9 +204,10 @@ class Calibration:
         if number is None:
             reason = "no tokens" if not ids else "no response to count" if not any(counted) else "no text"
             self._skip(reason, f"{first.where}: {reason}")
-        elif ids:
+            return
+        if ids:
             yield self._window(first, number, ids, counted)
-        self._units += not first.is_file
+        self._units += not first.is_file  # a skipped sample is not a unit
 
     def _encode(self, encoder: Encoder, sample: Sample) -> tuple[list[int], list[bool]]:
         if sample.messages == []:
@@ -267,9 +292,10 @@ class Calibration:
         ]
 
     def estimated_tokens(self) -> int | None:
-        """How many tokens there will be in all, judged by the bytes read so far; None where nobody knows yet."""
+        """How many tokens there will be in all, judged by what has been tokenised so far; None where it cannot be
+        known."""
         total, read = self._reader.total_bytes(), self._reader.bytes_read
-        guess = max(self.tokens, round(self.tokens * total / read)) if total and read else None
+        guess = max(self.tokens, round(self._encoded_tokens * total / read)) if total and read else None
         return self.max_tokens if guess is None else min(guess, self.max_tokens or guess)
 
     def summary(self) -> dict[str, Any]:
@@ -287,10 +313,7 @@ class Calibration:
             "shapes": dict(sum((record.shapes for record in self._reader.records), Counter[str]()).most_common()),
             "notes": self.notes,
             "ctx_size": self.ctx_size,
-            "chat_template": self.chat_template,
-            "mask": self.mask,
-            "parse_special": self.parse_special,
-            "max_tokens": self.max_tokens,
+            **self.options(),
             "columns": self._reader.columns,
             "skip_bad_lines": self._reader.skip_bad_lines,
             "sketch": self._sketch.to_dict(),

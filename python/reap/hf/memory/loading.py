@@ -8,13 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from reap.errors import EngineError, FormatError, UnsupportedModelError, UsageError
 from reap.hf.dependencies import require_extra, require_package
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _INDEX = "model.safetensors.index.json"
+
+
+class LoadArguments(TypedDict, total=False):
+    """Keyword arguments that a function hands on to `LoadOptions`, where they are explained."""
+
+    device: str | None
+    dtype: str
+    device_map: Any
+    load_in_4bit: bool
+    stream: bool
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class LoadOptions:
     load_in_4bit  quantise the layers' matrices, the experts' among them, to NF4 as they are loaded, one layer at a time
                   (bitsandbytes)
     stream        one decoder layer in memory at a time
+    trust_remote_code  run Python code that the checkpoint brings
     """
 
     device: str | None = None

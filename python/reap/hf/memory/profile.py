@@ -9,24 +9,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap.errors import CalibrationError, EngineError, Interrupted, UsageError
+from reap.errors import UsageError
 from reap.hf.dependencies import require_extra
 from reap.hf.disk.info import structure_fingerprint
-from reap.hf.memory.loading import LoadOptions, check_folder, load_model, load_tokenizer
+from reap.hf.memory.loading import LoadArguments, LoadOptions, check_folder, load_model, load_tokenizer
 from reap.hf.memory.tokenizer import HFTokenizer
-from reap.profiling.resume import Checkpoint, State, identify_calibration
-from reap.profiling.run import SHARED_SEQUENCES, Run, total
+from reap.profiling.arguments import divide, shows
+from reap.profiling.record import make_profile
+from reap.profiling.resume import SECONDS, ResumeFile
+from reap.profiling.run import SHARED_SEQUENCES, measure
 from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
-from reap.text.calibration import Calibration
+from reap.text.calibration import Calibration, TextArguments
 from reap.version import version
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from reap.hf.memory.modules import MoELayer
     from reap.hf.memory.sessions import ModelSession
     from reap.hf.memory.streaming import LayerStore
 
 
+class Arguments(LoadArguments, TextArguments, total=False):
+    """How a checkpoint is loaded (`LoadOptions`) and the text is read (`Calibration`)."""
+
+
+@shows((TextArguments, Calibration), (LoadArguments, LoadOptions))
 def profile(
     model: Any,
     calibration: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
@@ -35,70 +44,59 @@ def profile(
     ctx_size: int = 2048,
     batch_size: int | None = None,
     threads: int | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    device_map: Any = None,
-    load_in_4bit: bool = False,
-    stream: bool = False,
-    chat_template: str | os.PathLike[str] = "none",
-    mask: str = "all",
-    parse_special: bool = True,
-    max_tokens: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    checkpoint_seconds: float = 30.0,
-    trust_remote_code: bool = False,
+    checkpoint_seconds: float = SECONDS,
     progress: ProgressCallback | None = None,
+    **options: Unpack[Arguments],
 ) -> Profile:
     """Measure what each expert of a transformers model contributes on `calibration`, as `reap.profile` does for a GGUF
     file.
 
-    `model` is the folder of a checkpoint, or a transformers model in memory, which stays as it is (its own device,
-    types and implementation of experts; the loading options are then refused). Layers carry the checkpoint's numbers,
-    which are the GGUF file's block indices. The calibration, `ctx_size`, `chat_template`, `mask`, `parse_special`,
-    `max_tokens`, `checkpoint` and `resume` are those of `reap.profile`; loading options are `LoadOptions`'. `tokenizer`
-    replaces the one of the checkpoint. `batch_size`: tokens of one pass, `ctx_size` by default; short samples share it,
-    and what pads them reaches neither an expert nor the sums. `threads`: of the processor.
+    Layers carry the checkpoint's numbers, which are the GGUF file's block indices.
+
+    Args:
+        model: the folder of a checkpoint, or a transformers model in memory, which stays as it is (its own device,
+            types and implementation of experts; the loading options are then refused).
+        calibration: as `reap.profile` takes it; so are `ctx_size`, `checkpoint`, `resume`, `checkpoint_seconds`.
+        tokenizer: in place of the checkpoint's.
+        batch_size: tokens of one pass, `ctx_size` by default; short samples share it, and what pads them reaches
+            neither an expert nor the sums.
+        threads: of the processor.
+        progress: told after each batch how far the run is.
+        options: those of the text (`Calibration`) and of loading (`LoadOptions`).
 
     Raises:
         MissingExtraError: torch, transformers or safetensors is not installed, or what an option needs.
-        UsageError: an option, a folder that is no checkpoint (one of pickles among them), a checkpoint file of another
-        run. UnsupportedModelError: a dense model, or one whose experts are used in a way that cannot be measured.
-        CalibrationError: as `reap.profile`. EngineError: transformers failed. Interrupted: Ctrl-C with a checkpoint,
-        which was saved.
+        UsageError: an option, a folder that is not a checkpoint (one of pickles among them), a resume file that is in
+            the way or of another run.
+        UnsupportedModelError: a dense model, or one whose experts are used in a way that cannot be measured.
+        CalibrationError, Interrupted: as `reap.profile`. EngineError: transformers failed.
     """
     require_extra("reap.hf.profile")
-    options = LoadOptions(device, dtype, device_map, load_in_4bit, stream, trust_remote_code)
-    source = Calibration(
-        calibration,
-        ctx_size=ctx_size,
-        chat_template=chat_template,
-        mask=mask,
-        parse_special=parse_special,
-        max_tokens=max_tokens,
-    )
+    for_loading, for_text = divide("profile", options, LoadArguments, TextArguments)
+    load = LoadOptions(**for_loading)
+    source = Calibration(calibration, ctx_size=ctx_size, **for_text)
     batch_size = ctx_size if batch_size is None else batch_size
     if type(batch_size) is not int or batch_size < ctx_size:
         raise UsageError(f"batch_size is {batch_size!r}, expected a whole number of at least ctx_size, {ctx_size}")
     if resume and checkpoint is None:
         raise UsageError("resume needs a checkpoint to go on from")
-    options.check()
-    subject = (
-        _from_folder(model, options, tokenizer)
-        if isinstance(model, str | os.PathLike)
-        else _in_memory(model, options, tokenizer)
-    )
+    load.check()
+    source.check()  # before a model is loaded for nothing
+    from_where = _from_folder if isinstance(model, str | os.PathLike) else _in_memory
+    subject = from_where(model, load, tokenizer)
     keeper = None
     if checkpoint is not None:
-        keeper = Checkpoint(
-            checkpoint,
-            subject.identity(source, options, ctx_size, batch_size),
-            seconds=checkpoint_seconds,
-            resume=resume,
-        )
-    with _threads(threads):
-        run = _measure(subject, source, keeper, batch_size, progress)
-    return subject.to_profile(source, options, run)
+        shape = (len(subject.layers), subject.layers[0].n_experts)
+        identity = subject.identity(source, load, ctx_size, batch_size)
+        keeper = ResumeFile(checkpoint, identity, shape=shape, resume=resume, seconds=checkpoint_seconds)
+    session = _open_session(subject, batch_size)
+    with _threads(threads), _evaluating(subject.model):
+        result = measure(session, subject.tokenizer, source, keeper, progress)
+    layers = [layer.index for layer in subject.layers]
+    record, engine = subject.record(session.n_experts_used), subject.engine(load)
+    return make_profile(result, source, layers=layers, model=record, engine=engine)
 
 
 class _Subject:
@@ -117,46 +115,25 @@ class _Subject:
         self.tokenizer = HFTokenizer(tokenizer, _vocabulary(model, self.config))
 
     def identity(self, source: Calibration, options: LoadOptions, ctx_size: int, batch_size: int) -> dict[str, Any]:
-        """What makes two runs the same run."""
-        texts = {"chat_template": source.chat_template, "mask": source.mask, "parse_special": source.parse_special}
-        sizes = {"ctx_size": ctx_size, "batch_size": batch_size, "max_tokens": source.max_tokens}
+        """What makes two runs the same run, apart from the calibration, which is known as it is consumed."""
+        sizes = {"ctx_size": ctx_size, "batch_size": batch_size}
         return {
             "model": {
                 "shapes": self._hash_shapes(),
                 "files": self._hash_files(),
                 "implementation": self._implementation(),
             },
-            "calibration": identify_calibration(source.paths),
-            "options": {**options.record(), **texts, **sizes},
+            "options": {**options.record(), **source.options(), **sizes},
             "reap": version(),
         }
 
-    def to_profile(self, source: Calibration, options: LoadOptions, run: Run) -> Profile:
-        """The sums of a run that has ended."""
-        groups = {domain: run.session.sums(group) for group, domain in enumerate(run.domains[: run.session.n_groups])}
-        summary = source.summary()
-        if not any(int(sums["total_tokens"].sum()) for sums in groups.values()):
-            if run.failed:
-                raise EngineError(next(iter(run.failed.values())))
-            raise CalibrationError(
-                f"{', '.join(summary['files'])}: no token of the calibration was counted, so nothing was measured"
-            )
-        failed = [run.failed[unit] for unit in sorted(run.failed)]
-        return Profile.from_sums(
-            layers=[layer.index for layer in self.layers],
-            **total(list(groups.values())),
-            model=self._record(run.session),
-            calibration={**summary, "failed": len(failed), "failed_samples": failed},
-            engine=self._engine(options),
-            domains={domain: sums for domain, sums in groups.items() if domain is not None},
-        )
-
-    def _record(self, session: Any) -> dict[str, Any]:
+    def record(self, n_experts_used: int) -> dict[str, Any]:
+        """The profile's record of the model."""
         first = self.layers[0]
         counts = {
             "n_layers": int(getattr(self.config, "num_hidden_layers", 0) or 0),
             "n_experts": first.n_experts,
-            "n_experts_used": session.n_experts_used,
+            "n_experts_used": n_experts_used,
             "n_groups": first.n_group,
             "n_groups_used": first.topk_group,
         }
@@ -168,7 +145,8 @@ class _Subject:
             **counts,
         }
 
-    def _engine(self, options: LoadOptions) -> dict[str, Any]:
+    def engine(self, options: LoadOptions) -> dict[str, Any]:
+        """The profile's record of what ran it."""
         import torch
         import transformers
 
@@ -240,46 +218,17 @@ def _in_memory(model: Any, options: LoadOptions, tokenizer: Any) -> _Subject:
     return _Subject(model, Path(origin).name or type(model).__name__, tokenizer, None)
 
 
-def _measure(
-    subject: _Subject,
-    source: Calibration,
-    keeper: Checkpoint | None,
-    batch_size: int,
-    progress: ProgressCallback | None,
-) -> Run:
-    state = keeper.load() if keeper else None
-    session = _open_session(subject, source, batch_size, progress)
-    run = Run(session, subject.tokenizer, source, keeper, None if session.reports else progress)
-    try:
-        with _evaluating(subject.model):
-            run.go(state or State())
-            session.finish()
-    except KeyboardInterrupt as interrupt:
-        if keeper is None:
-            raise
-        keeper.save(run.state())
-        raise Interrupted(
-            f"stopped after {session.units} samples, which {keeper.path} keeps; --resume (resume=True) goes on from"
-            " there"
-        ) from interrupt
-    if keeper:
-        keeper.save(run.state())
-    return run
-
-
-def _open_session(
-    subject: _Subject, source: Calibration, batch_size: int, progress: ProgressCallback | None
-) -> ModelSession:
+def _open_session(subject: _Subject, batch_size: int) -> ModelSession:
     from reap.hf.memory.sessions import ModelSession
 
-    sizes = {"batch_size": batch_size, "n_sequences": SHARED_SEQUENCES, "pad_token": subject.tokenizer.eos or 0}
+    pad_token = subject.tokenizer.eos or 0
     if subject.store is None or not subject.store.is_streamed:
-        return ModelSession(subject.model, subject.layers, **sizes)
+        return ModelSession(
+            subject.model, subject.layers, batch_size=batch_size, n_sequences=SHARED_SEQUENCES, pad_token=pad_token
+        )
     from reap.hf.memory.streaming import StreamingSession
 
-    session = StreamingSession(subject.store, subject.layers, progress, **sizes)
-    session.estimate = source.estimated_tokens
-    return session
+    return StreamingSession(subject.store, subject.layers, pass_size=batch_size, pad_token=pad_token)
 
 
 def _vocabulary(model: Any, config: Any) -> int:

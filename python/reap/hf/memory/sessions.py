@@ -48,11 +48,8 @@ class ModelSession:
     """Has the part of `reap._core.Session` that a profile uses, with a model that is whole in memory (or offloaded by
     accelerate).
 
-    batch_size   tokens of one decode; n_sequences: windows that may share one
-    reports      whether it tells a progress callback itself how far it is
+    batch_size   tokens of one pass, padding not counted; n_sequences: windows that may share one
     """
-
-    reports = False
 
     def __init__(
         self, model: nn.Module, layers: Sequence[MoELayer], *, batch_size: int, n_sequences: int, pad_token: int
@@ -87,9 +84,6 @@ class ModelSession:
         """Forget what waits."""
         self._waiting = {}
 
-    def finish(self) -> None:
-        """Compute what was put off: nothing."""
-
     def restore(self, group: int, sums: Mapping[str, NDArray[Any]], n_units: int) -> None:
         """Go on from the sums of an earlier run, as `sums` gave them."""
         for row, layer in enumerate(self._layers):
@@ -117,9 +111,13 @@ class ModelSession:
         rows = [np.flatnonzero(sequences == number) for number in range(int(sequences.max()) + 1)]
         rows.sort(key=len, reverse=True)
         while rows:
-            like = [row for row in rows if len(row) >= _SHORTEST * len(rows[0])]
+            like = rows[: self._fit(rows)]
             yield self._pad([tokens[row] for row in like], [groups[row] for row in like])
             rows = rows[len(like) :]
+
+    def _fit(self, rows: Sequence[NDArray[Any]]) -> int:
+        """How many of the first rows, the longest first, make one pass."""
+        return next((n for n, row in enumerate(rows) if len(row) < _SHORTEST * len(rows[0])), len(rows))
 
     def _pad(self, windows: Sequence[Int32s], groups: Sequence[Int32s]) -> Batch:
         shape = (len(windows), max(map(len, windows)))

@@ -1,4 +1,4 @@
-"""Models larger than memory: one decoder layer's weights at a time, and all batches of a round wait for each other at
+"""Models larger than memory: one decoder layer's weights at a time, and all passes of a batch wait for each other at
 every layer.
 
 A forward pass runs in a thread of its own that stops wherever the model is about to call a decoder layer, and goes on
@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from reap.errors import EngineError, UnsupportedModelError
 from reap.hf.memory.loading import LoadOptions, auto_class, best_device, load_config, shards, translated
 from reap.hf.memory.modules import MoELayer, find_moe_layers
 from reap.hf.memory.sessions import Batch, Int32s, ModelSession
-from reap.progress import Progress, ProgressCallback
+from reap.profiling.run import BrokenModelError
 
-# the model is read once for as many tokens; their hidden states are in memory (a width of 4096 in 16 bits: 1 GiB)
+# tokens of one batch: for each batch the model is read once, and its hidden states are in memory (a width of 4096 in 16
+# bits: 1 GiB)
 ROUND_TOKENS = 1 << 17
 
 
@@ -137,63 +139,45 @@ class LayerStore:
 
 
 class StreamingSession(ModelSession):
-    """As ModelSession, for a LayerStore: batches are put off until a round of them is full, and `units` follows their
-    rounds."""
+    """As ModelSession, for a LayerStore. A batch is large, because the model is read once for each; it is run in passes
+    of at most `pass_size` tokens, padding included, which wait for each other at every layer.
 
-    reports = True
+    pass_size   a window that is longer is a pass of its own
+    """
 
-    def __init__(
-        self, store: LayerStore, layers: Sequence[MoELayer], progress: ProgressCallback | None, **sizes: int
-    ) -> None:
-        super().__init__(store.model, layers, **sizes)
-        self.estimate: Callable[[], int | None] = lambda: None
+    def __init__(self, store: LayerStore, layers: Sequence[MoELayer], *, pass_size: int, pad_token: int) -> None:
+        batch_size = max(ROUND_TOKENS, pass_size)
+        super().__init__(store.model, layers, batch_size=batch_size, n_sequences=batch_size, pad_token=pad_token)
         self._store = store
-        self._progress = progress or (lambda _: None)
-        self._queue: list[Batch] = []
-        self._queued_units = 0
-        self._n_new = 0  # batches since the last commit
-        self._tokens_done = 0
+        self._pass_size = pass_size
+        self._report: Callable[[float], None] = lambda _: None
+
+    def report_to(self, report: Callable[[float], None]) -> None:
+        """From now on, call `report` after each layer with the share of the running batch that is through."""
+        self._report = report
 
     def profile_batch(self, tokens: Int32s, positions: Int32s, sequences: Int32s, groups: Int32s) -> None:
-        """Put windows off until `commit` finds a round full."""
-        batches = list(self._batches(tokens, sequences, groups))
-        self._queue += batches
-        self._n_new += len(batches)
+        """Run windows, all through one layer before any through the next."""
+        with self._translated():
+            self._run_passes(list(self._batches(tokens, sequences, groups)))
 
-    def commit(self, n_units: int) -> None:
-        """The windows put off since the last call are `n_units` units."""
-        self._queued_units += n_units
-        self._n_new = 0
-        if sum(batch.ids.numel() for batch in self._queue) >= ROUND_TOKENS:
-            self.finish()
+    def _fit(self, rows: Sequence[NDArray[Any]]) -> int:
+        return min(super()._fit(rows), max(1, self._pass_size // len(rows[0])))
 
-    def discard(self) -> None:
-        super().discard()
-        del self._queue[len(self._queue) - self._n_new :]
-        self._n_new = 0
-
-    def finish(self) -> None:
-        """Run a round over what was put off."""
-        if self._queue:
-            with self._translated():
-                self._round(self._queue)
-        queued, self._queue, self._queued_units = self._queued_units, [], 0
-        super().commit(queued)
-
-    def _round(self, batches: Sequence[Batch]) -> None:
+    def _run_passes(self, batches: Sequence[Batch]) -> None:
         self._sums = {}
         turnstile = _Turnstile(self._store.layers)
         passes = [turnstile.make(lambda batch=batch: self._forward(batch)) for batch in batches]  # type: ignore[misc]
-        n_tokens = sum(int(batch.mask.sum()) for batch in batches)
         with self._observer.watching(), turnstile:
             self._advance(passes, batches)
             for number in range(len(self._store.layers)):
-                self._store.load(number)
+                try:
+                    self._store.load(number)
+                except EngineError as error:
+                    raise BrokenModelError(str(error)) from error
                 self._advance(passes, batches)
                 self._store.drop(number)
-                done = n_tokens * (number + 1) // len(self._store.layers)
-                self._progress(Progress(self._tokens_done + done, self.estimate()))
-        self._tokens_done += n_tokens
+                self._report((number + 1) / (len(self._store.layers) + 1))  # the rest is for what follows the layers
         self._collect()
 
     def _advance(self, passes: Sequence[_Pass], batches: Sequence[Batch]) -> None:
@@ -203,7 +187,7 @@ class StreamingSession(ModelSession):
 
 
 class _Abandoned(BaseException):
-    """Ends a pass that nobody waits for any more."""
+    """Ends a pass whose result is not wanted any more."""
 
 
 class _Pass:
