@@ -20,7 +20,9 @@ from typing import NamedTuple
 from reap.errors import FormatError, MismatchError
 from reap.files.ranges import Piece, RawFile, Span, Writable, merge_spans
 from reap.files.regular import RegularFile
-from reap.gguf.reader import INTEGER_TYPES, MAGIC, MAX_NAME_BYTES, MAX_TENSORS, GGUFFile, TensorInfo, ValueType
+from reap.gguf.parser import MAGIC, MAX_NAME_BYTES, MAX_TENSORS, TensorInfo
+from reap.gguf.reader import GGUFFile
+from reap.gguf.tensor_types import INTEGER_TYPES, ValueType
 from reap.gguf.writer import NewFile, NewTensor, edit_metadata
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
