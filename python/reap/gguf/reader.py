@@ -8,13 +8,13 @@ where it is.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from reap.errors import FormatError
+from reap.files.paths import PathLike
 from reap.files.recognise import what_are
 from reap.files.regular import RegularFile, open_regular
 from reap.gguf.parser import HEADER_BYTES, MetadataValue, Parser
@@ -51,7 +51,7 @@ class GGUFFile(RegularFile):
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: PathLike) -> Self:
         """Open `path` and read its header.
 
         Raises UsageError if it is not a readable regular file, FormatError if it is not a sound GGUF file.
@@ -59,7 +59,7 @@ class GGUFFile(RegularFile):
         return super().open(path)
 
     @classmethod
-    def open_shard(cls, path: str | os.PathLike[str], shard: int) -> Self:
+    def open_shard(cls, path: PathLike, shard: int) -> Self:
         """The same; its tensors say that they are in shard `shard`, counted from 0."""
         where = Path(path)
         return cls(where, open_regular(where, cls.expected), shard)
@@ -116,7 +116,7 @@ class GGUFModel:
         self.tensors = MappingProxyType(tensors)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> GGUFModel:
+    def open(cls, path: PathLike) -> GGUFModel:
         """Open a model; of a split one, any of its shards. Raises UsageError or FormatError."""
         opened = [GGUFFile.open(path)]
         try:
@@ -175,6 +175,20 @@ class GGUFModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def first_file(path: PathLike) -> Path:
+    """The first file of the model that `path` is one file of, which the engine has to be given.
+
+    Only where the name is a later shard's is anything read. Raises what `GGUFFile.open` raises, and FormatError where
+    the first file is missing.
+    """
+    where = Path(path)
+    named = shard_stem(where)
+    if named is None or where == shard_path(named[0], 0, named[1]):
+        return where
+    with GGUFModel.open(where) as model:
+        return model.path
 
 
 def _split_count(file: GGUFFile) -> int:
