@@ -402,7 +402,7 @@ def test_assistant_turns_of_a_template_that_renders_the_last_one_differently() -
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = THINKING
     (window,) = windows_of([{"messages": CONVERSATION}], tokenizer, mask="response")
-    assert counted_text(window) == "a1<think></think>a2<|im_end|>\n"
+    assert counted_text(window) == "a1<|im_end|>\n<think></think>a2<|im_end|>\n"
 
 
 def test_a_generation_prompt_that_opens_a_thought() -> None:
@@ -412,13 +412,26 @@ def test_a_generation_prompt_that_opens_a_thought() -> None:
     assert counted_text(window) == "a1<|im_end|>\n"
 
 
-def test_a_template_that_hides_its_turns() -> None:
+def test_a_template_without_any_frame() -> None:
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(
-        CalibrationError, match=r"sample 1: the model's chat template renders message 2 differently .* use mask=all"
-    ):
-        windows_of([{"messages": CONVERSATION[1:3]}], tokenizer, mask="response")
+    (window,) = windows_of([{"messages": CONVERSATION[1:3]}], tokenizer, mask="response")
+    assert (text_of(window.tokens), counted_text(window)) == ("<s>2q1a1", "a1")
+
+
+def test_turns_that_cannot_be_told_apart_are_one_sample_left_out() -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and loop.last and loop.length > 2 %}"
+        "{{ m.content | length }}{% else %}{{ m.role }}{{ m.content }}{% endif %}{% endfor %}{{ messages | length }}"
+    )
+    source = Calibration([{"messages": CONVERSATION[:3]}, {"messages": CONVERSATION}], ctx_size=99, mask="response")
+    (window,) = source.windows(tokenizer)
+    assert window.where == "sample 1"
+    assert source.summary()["skipped_reasons"] == {"the assistant's turns cannot be told apart": 1}
+    assert source.summary()["skipped_lines"] == [
+        "sample 2: where the turn of message 3 ends cannot be told; mask=all counts the whole conversation"
+    ]
 
 
 def test_a_mask_follows_its_tokens_into_the_windows() -> None:

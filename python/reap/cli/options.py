@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,12 @@ class TextOptions:
         ),
         READS,
     ] = "none"
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template-kwargs", metavar="JSON", help='More for the template to read: {"enable_thinking": false}'
+        ),
+    ] = None
     mask: Annotated[
         str,
         typer.Option(
@@ -116,6 +123,7 @@ class TextOptions:
         """As `profile` takes them."""
         return {
             "chat_template": self.chat_template,
+            "chat_template_kwargs": parse_variables(self.chat_template_kwargs),
             "mask": self.mask,
             "parse_special": not self.no_parse_special,
             "max_tokens": self.max_tokens,
@@ -194,6 +202,21 @@ def parse_keep(text: str) -> Keep:
         raise UsageError(
             f"--keep should be a number of experts (64) or a fraction of them (0.5 or 50%), found {text!r}"
         ) from None
+
+
+def parse_variables(text: str | None) -> dict[str, Any] | None:
+    """The names and values of --chat-template-kwargs."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(
+            f'--chat-template-kwargs should be a JSON object, such as {{"enable_thinking": false}}, found {text!r}'
+        )
+    return value
 
 
 def parse_metric(text: str | None) -> str | None:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class State:
     """The sums of each group, as `Session.sums` gives them."""
     failed: dict[int, str] = field(default_factory=dict)
     """Unit -> "where: why", of the units that the engine failed on."""
+    now: str = ""
+    """`Calibration.now` of the run, in ISO 8601: what chat templates were told; "" where it is not known."""
 
 
 def beside(output: str | os.PathLike[str]) -> Path | None:
@@ -132,6 +135,7 @@ class ResumeFile:
             "identity": self._identity,
             "units": state.units,
             "consumed": state.consumed,
+            "now": state.now,
             "domains": state.domains,
             "failed": {str(unit): reason for unit, reason in state.failed.items()},
             "groups": [{name: values.tolist() for name, values in group.items()} for group in state.groups],
@@ -168,7 +172,17 @@ def _read_state(node: Node, shape: tuple[int, int]) -> State:
     groups = [_read_group(node["groups"].entry(index), shape) for index in range(len(node["groups"].entries()))]
     if len(groups) != len(domains):
         node["groups"].fail(f"has {len(groups)} entries for {len(domains)} domains")
-    return State(units, consumed.string(), domains, groups, _read_failed(node["failed"], units))
+    return State(units, consumed.string(), domains, groups, _read_failed(node["failed"], units), _read_now(node))
+
+
+def _read_now(node: Node) -> str:
+    if "now" not in node.members():
+        return ""
+    text = node["now"].string()
+    try:
+        return text and datetime.fromisoformat(text).isoformat()
+    except ValueError:
+        node["now"].fail("should be a date and a time")
 
 
 def _read_failed(node: Node, units: int) -> dict[int, str]:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import chain, groupby
 from typing import Any, Protocol
 
@@ -145,6 +146,8 @@ class _Run:
         progress: ProgressCallback | None,
     ) -> None:
         state = keeper.state if keeper else State()
+        if state.now:
+            source.now = datetime.fromisoformat(state.now)  # one moment for the whole run, interruptions included
         self.failed: dict[int, str] = dict(state.failed)
         self._session, self._tokenizer, self._source, self._keeper = session, tokenizer, source, keeper
         self._before = state
@@ -189,6 +192,7 @@ class _Run:
             [domain for domain, _ in found],
             [sums for _, sums in found],
             failed,
+            self._source.now.isoformat(),
         )
 
     def counted(self) -> Iterator[tuple[str | None, Arrays]]:

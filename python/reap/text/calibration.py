@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import chain, groupby
 from typing import Any, TypedDict
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import CalibrationError, UsageError
-from reap.text.encoding import NO_TEMPLATE, Encoder, read_template
+from reap.text.encoding import NO_TEMPLATE, Encoder, check_variables, read_template
 from reap.text.encoding import Tokenizer as Tokenizer
 from reap.text.overlap import Sketch
 from reap.text.sample import Sample, SampleLeftOut
@@ -33,6 +34,7 @@ class TextArguments(TypedDict, total=False):
     mask: str
     parse_special: bool
     max_tokens: int | None
+    chat_template_kwargs: Mapping[str, Any] | None
     columns: Mapping[str, str] | None
     skip_bad_lines: bool
 
@@ -73,6 +75,9 @@ class Calibration:
                    "all": count all
     parse_special  read special tokens in text and pairs; in what a template wrote they are always read
     max_tokens     stop after that many tokens, in the middle of a sample if need be
+    chat_template_kwargs
+                   more of what the template can read, as llama.cpp's server takes them: {"enable_thinking": False}
+    now            the time that the template is told, one for the whole run; the present by default
     columns        role -> name, for data whose names are none of those that are known: {"text": "story"}
     skip_bad_lines leave out lines that cannot be used, and count them by reason, where they are an error otherwise
 
@@ -88,6 +93,8 @@ class Calibration:
         mask: str = "all",
         parse_special: bool = True,
         max_tokens: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
         columns: Mapping[str, str] | None = None,
         skip_bad_lines: bool = False,
     ) -> None:
@@ -102,6 +109,8 @@ class Calibration:
         self.max_tokens = max_tokens
         self.chat_template = os.fspath(chat_template)
         self.template_source = read_template(self.chat_template)
+        self.chat_template_kwargs = check_variables(chat_template_kwargs)
+        self.now = (now or datetime.now()).replace(microsecond=0)
         self._reader = SampleReader(source, columns=columns, skip_bad_lines=skip_bad_lines)
         self._reset()
 
@@ -115,6 +124,7 @@ class Calibration:
         self._encoded_tokens = 0
         self._skipped_lines: list[str] = []
         self._untemplated_pairs = 0
+        self.texts_left_out = Counter[str]()
         self._sketch = Sketch()
         self._consumed = hashlib.sha256()
         self._domains: set[str] = set()
@@ -143,6 +153,7 @@ class Calibration:
         """The options that say how a text is read, as JSON types."""
         return {
             "chat_template": self.chat_template,
+            "chat_template_kwargs": self.chat_template_kwargs,
             "mask": self.mask,
             "parse_special": self.parse_special,
             "max_tokens": self.max_tokens,
@@ -162,7 +173,10 @@ class Calibration:
             template_source=self.template_source,
             mask=self.mask,
             parse_special=self.parse_special,
+            variables=self.chat_template_kwargs,
+            now=self.now,
         )
+        self.texts_left_out = encoder.texts_left_out
         # The parts of a long text file are one sample.
         with closing(iter(self._reader)) as samples:
             for _, parts in groupby(_number(samples), key=lambda item: item[0]):
@@ -282,14 +296,15 @@ class Calibration:
     @property
     def notes(self) -> list[str]:
         """What is worth a look: other shapes in the same lines, pairs without the template that the model has."""
-        pairs = self._untemplated_pairs
-        if not pairs:
-            return list(self._reader.notes)
-        return [
-            *self._reader.notes,
-            f"{pairs:,} pairs are joined by a newline, without the model's chat template; --chat-template auto"
-            ' (chat_template="auto") renders them as the turns of a user and an assistant',
-        ]
+        notes = list(self._reader.notes)
+        if self._untemplated_pairs:
+            notes.append(
+                f"{self._untemplated_pairs:,} pairs are joined by a newline, without the model's chat template;"
+                ' --chat-template auto (chat_template="auto") renders them as the turns of a user and an assistant'
+            )
+        for name, count in self.texts_left_out.most_common():
+            notes.append(f"the chat template leaves out the {name} of {count:,} {'turn' if count == 1 else 'turns'}")
+        return notes
 
     def estimated_tokens(self) -> int | None:
         """How many tokens there will be in all, judged by what has been tokenised so far; None where it cannot be
@@ -314,6 +329,8 @@ class Calibration:
             "notes": self.notes,
             "ctx_size": self.ctx_size,
             **self.options(),
+            "chat_template_time": self.now.isoformat(),
+            "texts_left_out": dict(self.texts_left_out),
             "columns": self._reader.columns,
             "skip_bad_lines": self._reader.skip_bad_lines,
             "sketch": self._sketch.to_dict(),

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from reap.errors import CalibrationError, UsageError
-from reap.text.chat_template import ChatTemplate, Span, shared_length
-from reap.text.samples import Sample
+from reap.text.chat_template import ChatTemplate
+from reap.text.marks import Unlocated
+from reap.text.mask import Span, shared_length
+from reap.text.sample import Sample, SampleLeftOut
 
 NO_TEMPLATE = "none"
 MODELS_TEMPLATE = "auto"
+# what a user calls the texts that a template may leave out
+THOUGHTS, CALLS = "thoughts", "tool calls"
+_NAMES = {"reasoning_content": THOUGHTS, "arguments": CALLS}
 
 
 class Tokenizer(Protocol):
@@ -43,10 +51,29 @@ def read_template(chat_template: str) -> str | None:
         raise UsageError(f"{chat_template}: the chat template is not UTF-8 text") from error
 
 
+def check_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a template is to read besides the conversation, as JSON has it. UsageError."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in given):
+        raise UsageError(
+            f"chat_template_kwargs is {given!r}, expected names and values, such as enable_thinking: false"
+        )
+    reserved = next((name for name in given if name in ("messages", "tools", "add_generation_prompt")), None)
+    if reserved is not None:
+        raise UsageError(f"chat_template_kwargs has {reserved!r}, which comes from the calibration")
+    try:
+        variables: dict[str, Any] = json.loads(json.dumps(dict(given), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"chat_template_kwargs is not JSON: {error}") from error
+    return variables
+
+
 class Encoder:
     """Samples to token ids, with one model's tokenizer and template.
 
-    chat_template, mask, parse_special: as `Calibration`'s. template_source: of the file that chat_template names."""
+    chat_template, mask, parse_special, now: as `Calibration`'s. template_source: of the file that chat_template names.
+    variables: `Calibration`'s chat_template_kwargs."""
 
     def __init__(
         self,
@@ -56,7 +83,12 @@ class Encoder:
         template_source: str | None = None,
         mask: str = "all",
         parse_special: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
     ) -> None:
+        self.texts_left_out = Counter[str]()
+        self._variables = variables
+        self._now = now
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._template_source = template_source
@@ -83,6 +115,8 @@ class Encoder:
             raise CalibrationError(
                 f"{sample.where}: has a lone surrogate (\\u{ord(error.object[error.start]):04x})"
             ) from error
+        except Unlocated as error:
+            raise SampleLeftOut(sample.where, "the assistant's turns cannot be told apart", str(error)) from error
         except CalibrationError as error:
             raise CalibrationError(f"{sample.where}: {error}") from error
         add_special = not sample.continues and not (is_rendered and self._starts_with_bos(text))
@@ -120,9 +154,9 @@ class Encoder:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             if sample.system is not None:
                 messages.insert(0, {"role": "system", "content": sample.system})
-        if only_response:
-            return *self._chat().render_turns(messages, tools=sample.tools), True
-        return self._chat().render(messages, tools=sample.tools), None, True
+        rendered = self._chat().read(messages, tools=sample.tools, turns=only_response)
+        self.texts_left_out.update(_NAMES.get(name, name) for _, name in rendered.left_out)
+        return rendered.text, rendered.spans, True
 
     def _chat(self) -> ChatTemplate:
         if self._template is None:
@@ -131,7 +165,12 @@ class Encoder:
                 raise CalibrationError("the model has no chat template; give one in a file with chat_template")
             origin = "the model's chat template" if self._template_source is None else self._chat_template
             self._template = ChatTemplate(
-                source, origin=origin, bos=self._special(self._tokenizer.bos), eos=self._special(self._tokenizer.eos)
+                source,
+                origin=origin,
+                bos=self._special(self._tokenizer.bos),
+                eos=self._special(self._tokenizer.eos),
+                variables=self._variables,
+                now=self._now,
             )
         return self._template
 
