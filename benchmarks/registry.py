@@ -285,6 +285,21 @@ BENCHMARKS = (
         needs="two environments, named by REAP_BENCH_WHEEL and REAP_BENCH_SOURCE",
     ),
     Benchmark(
+        "streaming_memory",
+        "the memory of a process that reads a large calibration",
+        "300 MB",
+        5,
+        "benchmarks/streaming_memory.py",
+        (
+            Figure("memory to read a JSON array of 5 GB", r"JSON array, through a pipe +# +# +#", "{2} MB"),
+            Figure("memory to read Parquet of 2 GB, one row group", r"Parquet, one row group +# +# +#", "{2} MB"),
+            Figure("memory to read JSON Lines of 2 GB, .zst", r"JSON Lines, \.zst +# +# +#", "{2} MB"),
+        ),
+        ("python/reap/text",),
+        quick="benchmarks/streaming_memory.py --scale 0.02",
+        needs="Linux, 5 GB of disk",
+    ),
+    Benchmark(
         "fuzz",
         "everything that reads a file of someone else's",
         "a second and 200 MB an input",

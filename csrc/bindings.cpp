@@ -4,6 +4,7 @@
 #include "quantizer.h"
 #include "scoring.h"
 #include "session.h"
+#include "vocabulary.h"
 
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
@@ -191,12 +192,14 @@ void set_kept(Session & session, const std::optional<reap::RouterMask::Kept> & k
     run(session, [&] { session.set_kept(kept); });
 }
 
-py::array_t<int32_t> tokenize(const Session & session, const py::bytes & text, bool add_special, bool parse_special) {
+// Owner: Session or Vocabulary
+template <typename Owner>
+py::array_t<int32_t> tokenize(const Owner & owner, const py::bytes & text, bool add_special, bool parse_special) {
     const std::string bytes = text;
     std::vector<int32_t> ids;
     {
         const py::gil_scoped_release released;
-        ids = session.tokenizer().tokenize(bytes, add_special, parse_special);
+        ids = owner.tokenizer().tokenize(bytes, add_special, parse_special);
     }
     return to_numpy(ids, {static_cast<py::ssize_t>(ids.size())});
 }
@@ -205,8 +208,9 @@ bool sees_the_future(Session & session) {
     return run(session, [&] { return reap::sees_the_future(session); });
 }
 
-std::optional<py::str> chat_template(const Session & session) {
-    const std::optional<std::string> text = session.chat_template();
+template <typename Owner>
+std::optional<py::str> chat_template(const Owner & owner) {
+    const std::optional<std::string> text = owner.chat_template();
     return text ? std::optional<py::str>(to_text(*text)) : std::nullopt;
 }
 
@@ -379,26 +383,43 @@ void define_devices(py::module_ & m) {
 
 using SessionClass = py::class_<Session>;
 
+// What Session and Vocabulary have in common.
+template <typename Owner>
+void define_tokenizer(py::class_<Owner> & owner) {
+    const auto of_tokenizer = [](auto get) { return [get](const Owner & self) { return std::invoke(get, self.tokenizer()); }; };
+    owner.def_property_readonly("n_vocab", &Owner::n_vocab)
+        .def_property_readonly("has_tokenizer", of_tokenizer(&reap::Tokenizer::exists))
+        .def_property_readonly("add_bos", of_tokenizer(&reap::Tokenizer::add_bos))
+        .def_property_readonly("add_eos", of_tokenizer(&reap::Tokenizer::add_eos))
+        .def_property_readonly("bos", of_tokenizer(&reap::Tokenizer::bos))
+        .def_property_readonly("eos", of_tokenizer(&reap::Tokenizer::eos))
+        .def_property_readonly("chat_template", &chat_template<Owner>)
+        .def("tokenize", &tokenize<Owner>, py::arg("text"), py::arg("add_special"), py::arg("parse_special"))
+        .def("token_text", [](const Owner & self, int token) { return py::bytes(self.tokenizer().token_text(token)); }, py::arg("token"))
+        .def("ends_generation", [](const Owner & self, int token) { return self.tokenizer().ends_generation(token); }, py::arg("token"));
+}
+
 void define_what_a_session_is(SessionClass & session) {
-    const auto of_tokenizer = [](auto get) { return [get](const Session & self) { return std::invoke(get, self.tokenizer()); }; };
+    define_tokenizer(session);
     session.def(py::init<const SessionOptions &>(), py::arg("options"), py::call_guard<py::gil_scoped_release>())
-        .def_property_readonly("n_vocab", &Session::n_vocab)
         .def_property_readonly("n_ctx_train", &Session::n_ctx_train)
         .def_property_readonly("ctx_size", &Session::ctx_size)
         .def_property_readonly("batch_size", &Session::batch_size)
         .def_property_readonly("ubatch_size", &Session::ubatch_size)
         .def_property_readonly("n_sequences", &Session::n_sequences)
         .def_property_readonly("threads", &Session::threads)
-        .def_property_readonly("has_tokenizer", of_tokenizer(&reap::Tokenizer::exists))
-        .def_property_readonly("add_bos", of_tokenizer(&reap::Tokenizer::add_bos))
-        .def_property_readonly("add_eos", of_tokenizer(&reap::Tokenizer::add_eos))
-        .def_property_readonly("bos", of_tokenizer(&reap::Tokenizer::bos))
-        .def_property_readonly("eos", of_tokenizer(&reap::Tokenizer::eos))
-        .def_property_readonly("chat_template", &chat_template)
-        .def("warnings", [](const Session & self) { return to_texts(self.warnings()); })
-        .def("tokenize", &tokenize, py::arg("text"), py::arg("add_special"), py::arg("parse_special"))
-        .def("token_text", [](const Session & self, int token) { return py::bytes(self.tokenizer().token_text(token)); }, py::arg("token"))
-        .def("ends_generation", [](const Session & self, int token) { return self.tokenizer().ends_generation(token); }, py::arg("token"));
+        .def("warnings", [](const Session & self) { return to_texts(self.warnings()); });
+}
+
+void define_vocabulary(py::module_ & m) {
+    py::class_<reap::Vocabulary> vocabulary(m, "Vocabulary");
+    vocabulary.def(py::init([](const py::object & path) {
+                       const std::string bytes = to_path(path);
+                       const py::gil_scoped_release released;
+                       return std::make_unique<reap::Vocabulary>(bytes);
+                   }),
+                   py::arg("model_path"));
+    define_tokenizer(vocabulary);
 }
 
 void define_what_a_session_does(SessionClass & session) {
@@ -438,4 +459,5 @@ PYBIND11_MODULE(_core, m) {
     SessionClass session(m, "Session");
     define_what_a_session_is(session);
     define_what_a_session_does(session);
+    define_vocabulary(m);
 }

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from reap.gguf.model_info import inspect as inspect
     from reap.hf.disk.convert import convert as convert
     from reap.profiling.gguf import profile as profile
+    from reap.profiling.preview import preview as preview
     from reap.progress import Progress as Progress
     from reap.pruning.gguf import PruneReport as PruneReport
     from reap.pruning.gguf import prune as prune
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from reap.scores.plan import super_experts as super_experts
     from reap.scores.profile import METRICS as METRICS
     from reap.scores.profile import Profile as Profile
+    from reap.text.preview import Preview as Preview
 
     __version__: str
 
@@ -79,6 +81,7 @@ _HOME = {
     "gguf.model_info": ("ModelInfo", "inspect"),
     "hf.disk.convert": ("convert",),
     "profiling.gguf": ("profile",),
+    "profiling.preview": ("preview",),
     "progress": ("Progress",),
     "pruning.gguf": ("PruneReport", "prune"),
     "reporting.card": ("model_card",),
@@ -89,6 +92,7 @@ _HOME = {
     "scores.merging": ("merge",),
     "scores.plan": ("PrunePlan", "plan", "super_experts"),
     "scores.profile": ("METRICS", "Profile"),
+    "text.preview": ("Preview",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -108,6 +108,33 @@ class SessionOptions:
     stop_early: bool  # False, for comparison: run the graph to its end
     def __init__(self) -> None: ...
 
+class Vocabulary:
+    """A model's tokenizer and chat template alone, none of its tensors: the same names as `Session` has for them.
+
+    Raises `reap.errors.EngineError` with the end of llama.cpp's log.
+    """
+
+    def __init__(self, model_path: _Path) -> None: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def has_tokenizer(self) -> bool: ...
+    @property
+    def add_bos(self) -> bool: ...
+    @property
+    def add_eos(self) -> bool: ...
+    @property
+    def bos(self) -> int: ...  # -1: none
+    @property
+    def eos(self) -> int: ...  # -1: none
+    @property
+    def chat_template(self) -> str | None: ...  # U+FFFD for what is not UTF-8
+    def tokenize(self, text: bytes, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
+        """As `Session.tokenize`."""
+
+    def token_text(self, token: int) -> bytes: ...
+    def ends_generation(self, token: int) -> bool: ...
+
 class Session:
     """A model and a context. Every method that computes releases the GIL and answers Ctrl-C within one layer.
 

@@ -29,6 +29,7 @@ PUBLIC = [
     "ModelInfo",
     "NativeModuleMissing",
     "OutputError",
+    "Preview",
     "Profile",
     "Progress",
     "PrunePlan",
@@ -49,6 +50,7 @@ PUBLIC = [
     "model_card",
     "plan",
     "plot",
+    "preview",
     "profile",
     "prune",
     "quantize",
@@ -261,11 +263,14 @@ def test_only_the_command_line_prints_or_exits() -> None:
 
 
 NATIVE_RANKS = [
-    {"errors"},
-    {"saliency", "moe_graph", "tensor_read", "log_sink", "memory_guard"},
-    {"router_mask"},
-    {"collector", "devices", "quantizer"},
+    {"errors", "free_memory", "log_sink", "moe_graph"},
+    {"devices", "memory_guard", "quantizer", "saliency", "tensor_read"},
+    {"big_stack", "router_mask", "session_options"},
+    {"collector", "tokenizer"},
+    {"context"},
+    {"prediction_block"},
     {"session"},
+    {"scoring", "vocabulary"},
     {"bindings"},
 ]
 KNOWS_NO_ENGINE = {"errors", "saliency", "moe_graph", "memory_guard", "bindings"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,6 +27,7 @@ from reap.cli.options import (
     TextOptions,
     TrustRemoteCode,
     Verify,
+    calibration_source,
 )
 from reap.cli.show import print_facts, print_json, progress_bar
 from reap.engine.options import PROFILE_CTX_SIZE
@@ -80,7 +81,7 @@ def profile(
     force: Force = False,
 ) -> None:
     """Measure what each expert of a checkpoint contributes on a calibration text."""
-    source: Any = calibration if len(calibration) > 1 else calibration[0]
+    source = calibration_source(calibration)
     with progress_bar("profiling") as progress:
         measured = hf.profile(
             checkpoint_dir,

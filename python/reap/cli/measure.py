@@ -1,4 +1,4 @@
-"""Measure: inspect, profile, merge, compare."""
+"""Measure: inspect, preview, profile, merge, compare."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from reap.cli.options import (
     ResumeOptions,
     Seed,
     TextOptions,
+    calibration_source,
     parse_keep,
     parse_metric,
 )
+from reap.cli.preview_text import print_preview
 from reap.cli.show import bytes_text, number_text, print_facts, print_json, print_table, progress_bar
 from reap.cli.summary import fit_facts, profile_facts
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments
@@ -99,6 +101,40 @@ def _shorten(value: object, width: int = 100) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+@PANEL.command("reap preview model.gguf code=github.jsonl chat=ultrachat.parquet", ctx_size=PROFILE_CTX_SIZE)
+def preview(
+    model: Model,
+    calibration: CalibrationPaths,
+    text: TextOptions,
+    show: Annotated[int, typer.Option("--show", metavar="N", help="Samples to show as the engine gets them.")] = 3,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show where each token of these samples ends.")] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="Load the model and run some batches, to estimate a profile's time.")
+    ] = False,
+    json: Json = False,
+    *,
+    engine: EngineArguments,
+) -> None:
+    """Say what a calibration is: shapes, tokens, domains, what is left out, and what the engine gets to see.
+
+    Only the model's tokenizer is read. Lines that cannot be used are counted by reason.
+    """
+    options = {**text.arguments(), "skip_bad_lines": True}
+    with progress_bar("reading") as progress:
+        seen = reap.preview(
+            model,
+            calibration_source(calibration),
+            show=show,
+            measure_time=time,
+            progress=progress,
+            **options,
+            **engine,
+        )
+    if json:
+        return print_json(seen.to_dict())
+    print_preview(seen, tokens)
+
+
 @PANEL.command("reap profile model.gguf calibration.jsonl -o model.reap.json -ngl 0 -c 2048", ctx_size=PROFILE_CTX_SIZE)
 def profile(
     model: Model,
@@ -111,7 +147,7 @@ def profile(
     engine: EngineArguments,
 ) -> None:
     """Measure what each expert contributes on a calibration text."""
-    source: Any = calibration if len(calibration) > 1 else calibration[0]
+    source = calibration_source(calibration)
     resumed: dict[str, Any] = {"checkpoint": kept.checkpoint, "resume": kept.resume} if kept.is_asked else {}
     with progress_bar("profiling") as progress:
         measured = reap.profile(model, source, progress=progress, **text.arguments(), **resumed, **engine)
@@ -143,6 +179,8 @@ def print_profile(measured: Profile, output: Path) -> None:
                     else None
                 ),
             ),
+            ("shapes", ", ".join(f"{count:,} {name}" for name, count in (record.get("shapes") or {}).items()) or None),
+            *(("note", note) for note in record.get("notes") or ()),
             ("failed", f"{len(failed):,} samples: {'; '.join(failed[:3])}" if failed else None),
             ("domains", ", ".join(measured.domains) or None),
             *profile_facts(measured),

@@ -14,6 +14,8 @@ import typer
 
 from reap.cli import completion
 from reap.errors import UsageError
+from reap.text.shapes import parse_columns
+from reap.text.sources import split_domain
 
 if TYPE_CHECKING:
     from reap.scores.plan import PrunePlan
@@ -40,7 +42,12 @@ ProfilePath = Annotated[
 ]
 HfDir = Annotated[Path, typer.Argument(metavar="HF_DIR", help="A directory with config.json and *.safetensors."), READS]
 CalibrationPaths = Annotated[
-    list[str], typer.Argument(metavar="CALIBRATION...", help="JSON Lines or text; - is standard input."), READS
+    list[str],
+    typer.Argument(
+        metavar="[DOMAIN=]CALIBRATION...",
+        help="JSON, CSV, Parquet or text, compressed or not; a folder of these; - is standard input.",
+    ),
+    READS,
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write."), WRITES]
 OptionalOutput = Annotated[Path | None, typer.Option("--output", "-o", help="File to write."), WRITES]
@@ -118,6 +125,13 @@ class TextOptions:
         bool, typer.Option("--no-parse-special", help="Read special tokens in texts as plain text.")
     ] = False
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Stop after N tokens.")] = None
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--columns", metavar="ROLE=NAME,...", help="Names of the data's columns, as in text=story."),
+    ] = None
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Leave out lines that cannot be used, and count them.")
+    ] = False
 
     def arguments(self) -> dict[str, Any]:
         """As `profile` takes them."""
@@ -127,7 +141,17 @@ class TextOptions:
             "mask": self.mask,
             "parse_special": not self.no_parse_special,
             "max_tokens": self.max_tokens,
+            "columns": parse_columns(self.columns or ()) or None,
+            "skip_bad_lines": self.skip_bad_lines,
         }
+
+
+def calibration_source(values: Sequence[str]) -> Any:
+    """What [DOMAIN=]CALIBRATION... names, as `profile` takes it."""
+    parts = [split_domain(value) for value in values]
+    if any(domain is not None for domain, _ in parts):
+        return parts
+    return list(values) if len(values) > 1 else values[0]
 
 
 @dataclass(frozen=True)

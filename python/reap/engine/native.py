@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
         SessionOptions: type[_core.SessionOptions]
         Session: type[_core.Session]
+        Vocabulary: type[_core.Vocabulary]
         QuantizeOptions: type[_core.QuantizeOptions]
 
         def devices(self, answering: list[str]) -> list[dict[str, Any]]: ...

@@ -49,10 +49,15 @@ def open_session(
     return core.Session(settings)
 
 
+def open_vocabulary(path: str | os.PathLike[str]) -> SessionTokenizer:
+    """A model's tokenizer without the model: in a moment, however large it is. Raises as `open_session`."""
+    return SessionTokenizer(native.load().Vocabulary(os.fspath(path)))
+
+
 class SessionTokenizer:
     """The model's own tokenizer, as `reap.text.calibration.Tokenizer` wants it."""
 
-    def __init__(self, session: _core.Session) -> None:
+    def __init__(self, session: _core.Session | _core.Vocabulary) -> None:
         self._session = session
         self.n_vocab = session.n_vocab
         self.has_tokenizer = session.has_tokenizer

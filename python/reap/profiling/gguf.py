@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from reap.engine import native
@@ -18,6 +17,7 @@ from reap.profiling.run import SHARED_SEQUENCES, measure
 from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
 from reap.text.calibration import Calibration, TextArguments
+from reap.text.sources import Source
 from reap.version import version
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Arguments(EngineArguments, TextArguments, total=False):
 @shows_engine_options(ctx_size=PROFILE_CTX_SIZE)
 def profile(
     model: str | os.PathLike[str],
-    calibration: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    calibration: Source,
     *,
     prediction_layers: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,

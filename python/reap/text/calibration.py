@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain, groupby
 from typing import Any, TypedDict
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from reap.errors import CalibrationError, UsageError
 from reap.text.encoding import NO_TEMPLATE, Encoder, check_variables, read_template
 from reap.text.encoding import Tokenizer as Tokenizer
+from reap.text.messages import normalise_messages, normalise_tools
 from reap.text.overlap import Sketch
 from reap.text.sample import Sample, SampleLeftOut
 from reap.text.samples import FileRecord, SampleReader, Source
@@ -51,6 +52,7 @@ class Window:
     where    file and line, for errors
     consumed SHA-256 over all windows up to and including this one: what was read so far, however it lay in files. Two
              calibrations whose windows begin alike have the same value there
+    source   the sample itself; of a long text file its first part
     """
 
     tokens: NDArray[np.int32]
@@ -61,6 +63,7 @@ class Window:
     line: int
     where: str
     consumed: bytes = b""
+    source: Sample | None = field(default=None, repr=False, compare=False)
 
 
 class Calibration:
@@ -135,14 +138,15 @@ class Calibration:
         return self._reader.paths
 
     def check(self) -> None:
-        """Look for lines that cannot be used, before a model is loaded for nothing: parse and shape, no tokens.
+        """Look for lines that cannot be used, before a model is loaded for nothing: parse, shape and the form of
+        messages, no template and no tokens.
 
         Files, and lists in Python, are read once from end to end; what cannot be read twice is not. Raises
         CalibrationError that names the first bad line, and how many there are; with `skip_bad_lines` nothing is looked
         for.
         """
         if not self._reader.skip_bad_lines:
-            self._reader.check(self.max_tokens)
+            self._reader.check(self.max_tokens, _check_messages)
 
     @property
     def records(self) -> list[FileRecord]:
@@ -157,6 +161,8 @@ class Calibration:
             "mask": self.mask,
             "parse_special": self.parse_special,
             "max_tokens": self.max_tokens,
+            "columns": self._reader.columns,
+            "skip_bad_lines": self._reader.skip_bad_lines,
         }
 
     def windows(self, tokenizer: Tokenizer) -> Iterator[Window]:
@@ -249,7 +255,7 @@ class Calibration:
         unit = self._units
         self._units += sample.is_file
         tokens, mask = np.array(ids, dtype=np.int32), np.array(counted, dtype=np.bool_)
-        return Window(tokens, mask, sample.domain, number, unit, sample.line, sample.where)
+        return Window(tokens, mask, sample.domain, number, unit, sample.line, sample.where, source=sample)
 
     def _limited(self, windows: Iterator[Window]) -> Iterator[Window]:
         for window in windows:
@@ -298,9 +304,10 @@ class Calibration:
         """What is worth a look: other shapes in the same lines, pairs without the template that the model has."""
         notes = list(self._reader.notes)
         if self._untemplated_pairs:
+            pairs = "1 pair is" if self._untemplated_pairs == 1 else f"{self._untemplated_pairs:,} pairs are"
             notes.append(
-                f"{self._untemplated_pairs:,} pairs are joined by a newline, without the model's chat template;"
-                ' --chat-template auto (chat_template="auto") renders them as the turns of a user and an assistant'
+                f"{pairs} joined by a newline, without the model's chat template; --chat-template auto"
+                ' (chat_template="auto") renders a pair as the turns of a user and an assistant'
             )
         for name, count in self.texts_left_out.most_common():
             notes.append(f"the chat template leaves out the {name} of {count:,} {'turn' if count == 1 else 'turns'}")
@@ -331,10 +338,14 @@ class Calibration:
             **self.options(),
             "chat_template_time": self.now.isoformat(),
             "texts_left_out": dict(self.texts_left_out),
-            "columns": self._reader.columns,
-            "skip_bad_lines": self._reader.skip_bad_lines,
             "sketch": self._sketch.to_dict(),
         }
+
+
+def _check_messages(sample: Sample) -> None:
+    if sample.messages is not None:
+        normalise_messages(sample.messages)
+        normalise_tools(sample.tools)
 
 
 def _number(samples: Iterator[Sample]) -> Iterator[tuple[int, Sample]]:

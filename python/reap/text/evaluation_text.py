@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from reap.errors import CalibrationError, UsageError
 from reap.text.calibration import Calibration, Tokenizer
+from reap.text.formats import TEXT, open_data
+from reap.text.sources import files_at
+from reap.text.streams import BLOCK, COMPRESSED_SUFFIXES, ByteStream
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 Text = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -53,7 +55,11 @@ class EvaluationText:
 
     def file_digests(self) -> dict[str, str]:
         """SHA-256 of each file, by its name."""
-        return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.files}
+        digests = {}
+        for path in self.files:
+            with ByteStream(path) as stream:
+                digests[path] = stream.finish()
+        return digests
 
     def thinned(self, n_windows: int) -> EvaluationText:
         """About `n_windows` of the windows, spread evenly over each domain; at least one of every domain."""
@@ -83,21 +89,23 @@ def read_evaluation_text(
 ) -> EvaluationText:
     """Cut one file or several into windows.
 
-    A file named *.jsonl, *.ndjson or *.json holds samples as a calibration file does; each is tokenised on its own, and
-    those of one domain are laid end to end. Any other file is text, tokenised whole; special tokens in it are not
-    parsed. Of several files each is a domain, named as the file without its suffix, but for lines that name their own.
+    A file of rows (JSON, CSV, Parquet, compressed or not) holds samples as a calibration file does; each is tokenised
+    on its own, and those of one domain are laid end to end. Any other file is text, tokenised whole; special tokens in
+    it are not parsed. Of several files each is a domain, named as the file without its suffixes, except for lines that
+    name their own; the files of one folder are one domain.
     Every domain is cut into whole windows; the first token of each is replaced by BOS where the model adds one; the end
     that is shorter than a window is dropped, and so is what lies behind the first `max_windows` windows of a domain.
 
     Raises UsageError for a file that cannot be read, CalibrationError for one that cannot be used, or a domain shorter
     than a window.
     """
-    files = text_files(text)
+    files, given = text_files(text), _paths(text)
     streams: dict[str | None, list[int]] = {}
-    for path in files:
-        own_domain = Path(path).stem if len(files) > 1 else None
-        for domain, tokens in _read_file(path, tokenizer):
-            streams.setdefault(domain if domain is not None else own_domain, []).extend(tokens)
+    for path in given:
+        own_domain = _name_of(path) if len(given) > 1 else None
+        for file in files_at(path):
+            for domain, tokens in _read_file(file, tokenizer):
+                streams.setdefault(domain if domain is not None else own_domain, []).extend(tokens)
     windows: list[NDArray[np.int32]] = []
     domain_of: list[str | None] = []
     for domain, tokens in streams.items():
@@ -113,8 +121,8 @@ def read_evaluation_text(
 
 
 def text_files(text: Text) -> list[str]:
-    """The paths of a text, each of which can be opened: before a model is loaded for nothing. Raises UsageError."""
-    files = [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
+    """The files of a text, each of which can be opened: before a model is loaded for nothing. Raises UsageError."""
+    files = [file for path in _paths(text) for file in files_at(path)]
     if not files:
         raise UsageError("there is no text to evaluate on")
     for path in files:
@@ -126,19 +134,41 @@ def text_files(text: Text) -> list[str]:
     return files
 
 
+def _paths(text: Text) -> list[str]:
+    return [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
+
+
+def _name_of(path: str) -> str:
+    """What a file's or a folder's domain is called: its name without suffixes."""
+    stem, suffix = os.path.splitext(Path(path).name)
+    return os.path.splitext(stem)[0] if suffix.lower() in COMPRESSED_SUFFIXES else stem
+
+
 def _read_file(path: str, tokenizer: Tokenizer) -> Iterator[tuple[str | None, list[int]]]:
     """(domain or None, token ids) of each sample of a file, or of the whole text."""
-    if Path(path).suffix.lower() in JSON_SUFFIXES:
+    data = open_data(path)
+    with data.stream as stream:
+        content = _decode(stream, path) if data.format == TEXT else None
+    if content is None:
         whole_samples = 1 << 30
         for window in Calibration(path, ctx_size=whole_samples, parse_special=False).windows(tokenizer):
             yield window.domain, window.tokens.tolist()
         return
-    content = read_text(path)
     if not tokenizer.has_tokenizer:
         raise CalibrationError(
             f'{path}: the model has no tokenizer, so the text has to be JSON Lines that give "tokens"'
         )
     yield None, tokenizer.tokenize(content, add_special=True, parse_special=False)
+
+
+def _decode(stream: ByteStream, path: str) -> str:
+    parts = []
+    while block := stream.read(BLOCK):
+        parts.append(block)
+    try:
+        return b"".join(parts).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: is no UTF-8 text (byte {error.start})") from error
 
 
 def cut_windows(tokens: Sequence[int], ctx_size: int, tokenizer: Tokenizer) -> Iterator[NDArray[np.int32]]:
@@ -148,13 +178,3 @@ def cut_windows(tokens: Sequence[int], ctx_size: int, tokenizer: Tokenizer) -> I
         if tokenizer.add_bos and tokenizer.bos is not None:
             window[0] = tokenizer.bos
         yield window
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """A text file, whole. UsageError where it cannot be read, CalibrationError where it is no UTF-8."""
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"{os.fspath(path)}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{os.fspath(path)}: is no UTF-8 text (byte {error.start})") from error

@@ -161,8 +161,9 @@ class _Buffer:
                     self._at = end
                     return value
             except json.JSONDecodeError as error:
-                is_cut = error.pos >= len(self._text) - _TAIL or error.msg.startswith("Unterminated string")
-                if self._ended or not is_cut:
+                is_open = error.msg.startswith("Unterminated string")
+                if self._ended or not (is_open or error.pos >= len(self._text) - _TAIL):
+                    is_cut = is_open or error.pos >= len(self._text.rstrip())
                     why = "the file ends within it" if is_cut else error.msg
                     raise CalibrationError(
                         f"{where}: is not JSON: {why}, near {shorten(self._text[error.pos : error.pos + 30])}; rows"

@@ -51,7 +51,7 @@ def parts_of(source: Source) -> list[Part]:
 
 def _parts(source: Any, domain: str | None) -> Iterator[Part]:
     if isinstance(source, str | os.PathLike):
-        yield from (Part(path, domain=domain) for path in _files_at(os.fspath(source)))
+        yield from (Part(path, domain=domain) for path in files_at(os.fspath(source)))
     elif isinstance(source, Mapping):
         for name, inner in source.items():
             if domain is not None or not isinstance(name, str) or not name:
@@ -85,7 +85,7 @@ def _is_path(item: Any) -> bool:
 # ---- folders
 
 
-def _files_at(path: str) -> Sequence[str]:
+def files_at(path: str) -> Sequence[str]:
     """The path itself; of a folder the files of data in it, in order."""
     if path == STDIN or not os.path.isdir(path):
         return [path]

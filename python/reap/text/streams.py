@@ -54,6 +54,13 @@ class ByteStream:
         self._tap = _Tap(_open(path))
         self._given_out = 0
         self._digest: str | None = None
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
         raw = _Rewound(self._tap)
         self.magic = raw.head(lambda head: len(head) >= _MAGIC_LENGTH)[:_MAGIC_LENGTH]
         plain = _decompressed(raw, self.magic, self.name)

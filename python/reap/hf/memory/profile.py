@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from reap.profiling.run import SHARED_SEQUENCES, measure
 from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
 from reap.text.calibration import Calibration, TextArguments
+from reap.text.sources import Source
 from reap.version import version
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Arguments(LoadArguments, TextArguments, total=False):
 @shows((TextArguments, Calibration), (LoadArguments, LoadOptions))
 def profile(
     model: Any,
-    calibration: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    calibration: Source,
     *,
     tokenizer: Any = None,
     ctx_size: int = 2048,

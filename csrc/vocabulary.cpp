@@ -1,0 +1,26 @@
+#include "vocabulary.h"
+
+#include "errors.h"
+#include "log_sink.h"
+#include "session.h"
+
+namespace reap {
+
+Vocabulary::Vocabulary(const std::string & model_path) {
+    start_engine();
+    clear_log();
+    llama_model_params params = llama_model_default_params();
+    params.vocab_only = true;
+    model_.reset(llama_model_load_from_file(model_path.c_str(), params));
+    if (!model_) {
+        throw EngineError(with_log(model_path + ": the engine cannot read this model's tokenizer"));
+    }
+    tokenizer_ = std::make_unique<Tokenizer>(llama_model_get_vocab(model_.get()), model_path);
+}
+
+std::optional<std::string> Vocabulary::chat_template() const {
+    const char * text = llama_model_chat_template(model_.get(), nullptr);
+    return text ? std::optional<std::string>(text) : std::nullopt;
+}
+
+}  // namespace reap

@@ -1,0 +1,504 @@
+"""What a file is told to be, by name and by content; places in errors; what is refused; bad lines."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.byte_tokenizer import ByteTokenizer, text_of
+from reap.errors import CalibrationError, UsageError
+from reap.text.calibration import Calibration
+from reap.text.samples import Sample, SampleReader
+from reap.text.sources import split_domain
+
+
+def samples_of(source: Any, **options: Any) -> list[Sample]:
+    return list(SampleReader(source, **options))
+
+
+def texts_of(source: Any, **options: Any) -> list[str | None]:
+    return [sample.text for sample in samples_of(source, **options)]
+
+
+def format_of(path: Path) -> str:
+    reader = SampleReader(path)
+    list(reader)
+    return reader.records[0].format
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+# ---- by content
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ('{"text": "a"}\n', "JSON Lines"),
+        ('\n  {"text": "a"}\n', "JSON Lines"),
+        ('[{"text": "a"}]', "JSON array"),
+        ('\n[\n\n  {"text": "a"}\n]', "JSON array"),
+        ("text,label\nhello,1\n", "CSV"),
+        ('"prompt";"response"\n"a";"b"\n', "CSV"),
+        ("id\ttext\n1\thello, there\n", "CSV"),
+        ("text\nhello\nthere\n", "CSV"),
+        ("Once upon a time, in a land far away,\nthere was, they say, a king.\n", "text"),
+        ("[Applause] He bowed.\n", "text"),
+        ("[1] Smith et al.\n", "text"),
+        ('"Well," he said.\n', "text"),
+        ("# Title\n\ntext, label\n", "text"),
+        ("Hello, world\nHow are you, today\n", "text"),
+    ],
+)
+def test_a_file_without_a_suffix_and_standard_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, expected: str
+) -> None:
+    path = write(tmp_path / "data", data)
+    assert format_of(path) == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
+    reader = SampleReader("-")
+    from_stdin = list(reader)
+    assert reader.records[0].format == expected
+    assert [sample.text for sample in from_stdin] == texts_of(path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(data.encode()))))
+    assert [sample.text for sample in SampleReader("-")] == texts_of(path)
+
+
+def test_a_table_of_unknown_columns_is_not_prose(tmp_path: Path) -> None:
+    path = write(tmp_path / "data", "id,title\n1,foo\n2,bar\n")
+    with pytest.raises(CalibrationError, match=r'data:2: should have one of .*, found "id", "title"'):
+        samples_of(path)
+    assert texts_of(path, columns={"text": "title"}) == ["foo", "bar"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("m.txt", b"GGUF\3\0\0\0" + bytes(16), r"m\.txt: is a GGUF model; begins with the bytes 47 47 55 46 03"),
+        ("d.zip", b"PK\x03\x04" + bytes(40), r"is a ZIP archive; unpack it first"),
+        ("d", b"\x89PNG\r\n\x1a\n" + bytes(40), "is an image"),
+        ("d.pkl", b"\x80\x04\x95" + bytes(40), "is a pickle, which is never read"),
+        ("d.jsonl", "hä".encode("utf-16-le") * 20, "is not text in UTF-8; UTF-16 is read where the file begins with"),
+        ("d.parquet", b'{"text": "a"}\n', r"is not a parquet file; begins with the bytes 7b 22 .*, expected \.jsonl"),
+        ("d.tar", b"a".ljust(257, b"x") + b"ustar" + b"y" * 300, "is a tar archive; unpack it first"),
+        ("d.json", b'{"data": [\n{"text": "a"}\n]}', "is not JSON"),
+        ("e.json", b'{\n "text": "a"\n}', "one JSON object over several lines is not read"),
+        ("d.xz", lzma.compress(b"x" * 99)[:-20], r"d\.xz: the compressed data end too early"),
+        ("d.gz", gzip.compress(b"x" * 99)[:-9], "the compressed data end too early"),
+        ("d.zst", zstandard.compress(os.urandom(9999))[:-50], "the compressed data end too early"),
+        ("f.gz", gzip.compress(b"x" * 99)[:20] + b"garbage" * 9, "the compressed data are damaged"),
+        ("d.csv", b"a,a\n1,2\n", r"d\.csv:1: names the column \"a\" twice"),
+        ("d.txt", b"\xff\xfe" + b"a\xd8" * 3, "begins with the mark of UTF-16, but is not UTF-16"),
+    ],
+)
+def test_what_is_none_of_these_says_what_it_looks_like(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message) as caught:
+        samples_of(write(tmp_path / name, data))
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_needs_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "d.bin")
+    assert format_of(tmp_path / "d.bin") == "Parquet"  # by its content
+    raw = (tmp_path / "d.bin").read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    with pytest.raises(CalibrationError, match="<stdin>: Parquet cannot be read from standard input; give the file"):
+        samples_of("-")
+    with pytest.raises(CalibrationError, match="cannot be read compressed as a whole"):
+        samples_of(write(tmp_path / "d.parquet.gz", gzip.compress(raw)))
+    with pytest.raises(CalibrationError, match=r"d\.parquet: cannot be read after row 0: "):
+        samples_of(write(tmp_path / "d.parquet", raw[:40] + b"x" * 20 + raw[60:-20]))
+
+
+def test_without_the_extra(tmp_path: Path) -> None:
+    """What says so where pyarrow or zstandard is not installed."""
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "d.parquet")
+    write(tmp_path / "d.jsonl.zst", zstandard.compress(b'{"text": "a"}'))
+    script = """
+        import sys
+        sys.modules["pyarrow"] = sys.modules["zstandard"] = None
+        from reap.errors import MissingExtraError
+        from reap.text.samples import SampleReader
+        try:
+            list(SampleReader(sys.argv[1]))
+        except MissingExtraError as error:
+            print(error)
+    """
+    for name, package in (("d.parquet", "pyarrow"), ("d.jsonl.zst", "zstandard")):
+        if package == "zstandard" and sys.version_info >= (3, 14):
+            continue  # the standard library's own
+        command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / name)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert f"needs {package}: pip install 'reap-moe[data]'" in said
+
+
+def test_rows_are_named(tmp_path: Path) -> None:
+    bad = [{"text": "a"}, {"text": "b"}, {"other": 1}]
+    with pytest.raises(CalibrationError, match=r'd\.json: row 3: should have one of .* found "other"'):
+        samples_of(write(tmp_path / "d.json", json.dumps(bad, indent=2)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", None], "n": [1, 2, 3]}), tmp_path / "d.parquet")
+    with pytest.raises(CalibrationError, match=r"d\.parquet: row 3: text should be a string, found null"):
+        samples_of(tmp_path / "d.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"title": ["a"], "n": [1]}), tmp_path / "o.parquet")
+    with pytest.raises(CalibrationError, match=r'o\.parquet: row 1: should have one of .* found "title", "n"'):
+        samples_of(tmp_path / "o.parquet")
+    with pytest.raises(CalibrationError, match=r"d\.csv:4: has 1 values where the first line has 2 names"):
+        samples_of(write(tmp_path / "d.csv", 'text,n\n"a\nb",1\nalone\n'))
+    with pytest.raises(CalibrationError, match=r"q\.csv:3: is not CSV: "):
+        samples_of(write(tmp_path / "q.csv", 'text,n\na,1\n"b" c,2\n'))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('[{"text": "a"}, {"text": "b"', r"row 2: is not JSON: the file ends within it"),
+        ('[{"text": "a"} {"text": "b"}]', r'after row 1 should have , or \], found "{"'),
+        ('[{"text": "a"},', r"row 2: is not JSON"),
+        ('[{"text": "a"}', r"after row 1 should have , or \], found the end of the file"),
+        ('[{"text": "a"}]\n{"text": "b"}', "goes on after the end of its array"),
+        ('[{"text": "a"}, {text: "b"}]', "row 2: is not JSON: Expecting property name"),
+        ('[{"text": "a"}, 12345]', r"row 2: should be an object, found the number 12345"),
+        ("[" * 100_000, "nested too deeply"),
+        ('[{"text": "\udcff"}]', "is not UTF-8 text"),
+    ],
+)
+def test_a_damaged_array(tmp_path: Path, data: str, message: str) -> None:
+    path = write(tmp_path / "d.json", data.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CalibrationError, match=message):
+        samples_of(path)
+    if "should be an object" not in message:  # nothing says where the next row would begin
+        with pytest.raises(CalibrationError, match=message):
+            samples_of(path, skip_bad_lines=True)
+
+
+# ---- an array is read as it stands, however it is cut
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=5), values, max_size=5), max_size=6), st.integers(1, 40), st.data())
+def test_an_array_in_pieces_of_any_size(rows: list[dict[str, Any]], block: int, data: st.DataObject) -> None:
+    from reap.text import rows as module
+
+    indent = data.draw(st.sampled_from([None, 1]))
+    ascii_only = data.draw(st.booleans())
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    stream: Any = _Stream(text.encode("utf-8", "surrogatepass" if ascii_only else "replace"))
+    expected = json.loads(text.encode("utf-8", "surrogatepass" if ascii_only else "replace"))
+    before, module._BLOCK = module._BLOCK, block
+    try:
+        found = [row.members for row in module.json_array(stream) if isinstance(row, module.Row)]
+    finally:
+        module._BLOCK = before
+    assert found == expected
+
+
+class _Stream:
+    name = "d.json"
+
+    def __init__(self, data: bytes) -> None:
+        self._file = io.BytesIO(data)
+
+    def read(self, n_bytes: int) -> bytes:
+        return self._file.read(n_bytes)
+
+    @property
+    def position(self) -> int:
+        return self._file.tell()
+
+
+# ---- domains and columns
+
+
+def test_domains_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = write(tmp_path / "a.jsonl", '{"text": "1"}\n{"text": "2", "domain": "own"}\n')
+    b = write(tmp_path / "b.txt", "3")
+
+    def domains(source: Any) -> list[tuple[str | None, str | None]]:
+        return [(sample.text, sample.domain) for sample in SampleReader(source)]
+
+    named = [("1", "code"), ("2", "code"), ("3", None)]
+    assert domains([("code", a), (None, str(b))]) == domains([("code", str(a)), b]) == named
+    assert domains({"code": a, "prose": [b, b]}) == [("1", "code"), ("2", "code"), ("3", "prose"), ("3", "prose")]
+    assert domains({"mine": [{"text": "x"}]}) == [("x", "mine")]
+    with pytest.raises(CalibrationError, match="mine: sample 1: should have one of"):
+        domains({"mine": [{"x": "x"}]})
+    with pytest.raises(UsageError, match="the domain 'a' should be a path, paths or dictionaries, found a dictionary"):
+        domains({"a": {"b": a}})
+    assert split_domain(f"code={a}") == ("code", str(a))
+    assert split_domain(str(a)) == (None, str(a))
+    assert split_domain("code=-") == ("code", "-")
+    assert split_domain("/tmp/x=y.txt") == (None, "/tmp/x=y.txt")
+    odd = write(tmp_path / "x=y.txt", "z")
+    monkeypatch.chdir(tmp_path)
+    assert split_domain(odd.name) == (None, "x=y.txt")
+
+
+def test_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.csv", "story,lang,text\nonce,en,no\nes war,de,no\n")
+    found = samples_of(path, columns={"text": "story", "domain": "lang"})
+    assert [(sample.text, sample.domain) for sample in found] == [("once", "en"), ("es war", "de")]
+    assert [sample.domain for sample in samples_of(path, columns={"domain": "lang"})] == ["en", "de"]
+    with pytest.raises(CalibrationError, match=r'd\.csv:2: lacks "plot", which .* as text; found "story"'):
+        samples_of(path, columns={"text": "plot"})
+    rows = [{"q": "a", "a": "b", "label": 3}]
+    (sample,) = samples_of(rows, columns={"prompt": "q", "response": "a", "domain": "label"})
+    assert (sample.pair, sample.domain) == (("a", "b"), "3")
+    pyarrow.parquet.write_table(pyarrow.table({"story": ["x"], "text": ["y"]}), tmp_path / "d.parquet")
+    assert texts_of(tmp_path / "d.parquet", columns={"text": "story"}) == ["x"]
+    for wrong in ({"txt": "a"}, {"text": ""}, {"prompt": "a"}, {"text": "a", "tokens": "b"}):
+        with pytest.raises(UsageError, match="columns: "):
+            samples_of(rows, columns=wrong)
+
+
+# ---- bad lines
+
+BAD = ["nonsense", '{"x": 1}', "[1]", '{"messages": [{"content": "a"}]}', '{"text": "' + "é" * 3 + '", "domain": 3}']
+
+
+def test_bad_lines_are_counted_before_anything_is_run(tmp_path: Path) -> None:
+    lines = ['{"text": "fine"}'] * 50
+    lines[10:10] = BAD
+    path = write(tmp_path / "c.jsonl", "\n".join([*lines, BAD[0]]))
+    with pytest.raises(CalibrationError) as caught:
+        Calibration(path, ctx_size=10).check()
+    assert str(caught.value) == (
+        f"{path}:11: is not JSON: Expecting value (column 1) (6 bad lines of 56: 2 not JSON, 1 no known shape, 1 not an"
+        " object, 1 message without a role, 1 domain that is not a name); --skip-bad-lines (skip_bad_lines=True) leaves"
+        " such lines out"
+    )
+    write(path, "\n".join(lines[:10]))
+    Calibration(path, ctx_size=10).check()
+
+
+def test_messages_that_no_template_takes_are_bad_lines() -> None:
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}
+    with pytest.raises(CalibrationError, match=r"sample 2: message 1: .*image.*--skip-bad-lines"):
+        Calibration([{"text": "a"}, {"messages": [picture]}], ctx_size=10).check()
+
+
+def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", '{"text": "one"}\n' + "\n".join(BAD) + '\n{"text": "two"}\n{"tokens": [999]}\n')
+    calibration = Calibration(path, ctx_size=100, skip_bad_lines=True)
+    calibration.check()
+    windows = list(calibration.windows(ByteTokenizer()))
+    assert [text_of(window.tokens) for window in windows] == ["<s>one", "<s>two"]
+    assert [(window.sample, window.unit, window.line) for window in windows] == [(0, 0, 1), (1, 1, 7)]
+    summary = calibration.summary()
+    assert summary["skipped"] == 6
+    assert summary["skipped_reasons"] == {
+        "not JSON": 1,
+        "no known shape": 1,
+        "not an object": 1,
+        "message without a role": 1,
+        "domain that is not a name": 1,
+        "cannot be rendered or tokenised": 1,
+    }
+    assert len(summary["skipped_lines"]) == 6
+    assert any(line == f"{path}:8: token 999 is not one of the model's, 0 to 260" for line in summary["skipped_lines"])
+    with pytest.raises(CalibrationError, match=r"c\.jsonl:2: is not JSON"):
+        list(Calibration(path, ctx_size=100).windows(ByteTokenizer()))
+
+
+def test_a_calibration_of_bad_lines_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", "\n".join(BAD))
+    with pytest.raises(CalibrationError, match=r"holds no usable sample \(.*c\.jsonl:1: is not JSON"):
+        list(Calibration(path, ctx_size=100, skip_bad_lines=True).windows(ByteTokenizer()))
+
+
+def test_the_check_reads_no_further_than_needed(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", '{"text": "' + "x" * 1000 + '"}\n' + '{"text": "y"}\n' * 1000 + "bad\n")
+    Calibration(path, ctx_size=10, max_tokens=20).check()
+    with pytest.raises(CalibrationError, match=":1002: is not JSON"):
+        Calibration(path, ctx_size=10, max_tokens=2000).check()
+
+
+def test_what_cannot_be_read_twice_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{bad")))
+    Calibration("-", ctx_size=10).check()
+    assert sys.stdin.buffer.tell() == 0
+    rows = iter([{"text": "a"}, {"x": 1}])
+    Calibration(rows, ctx_size=10).check()
+    assert next(rows) == {"text": "a"}
+    with pytest.raises(CalibrationError, match="sample 2: should have one of"):
+        Calibration([{"text": "a"}, {"x": 1}], ctx_size=10).check()
+
+
+def test_a_row_that_is_not_csv_is_one_bad_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.csv", 'text,n\na,1\n"b" c,2\nshort\nd,4\n')
+    reader = SampleReader(path, skip_bad_lines=True)
+    assert [(sample.text, sample.line) for sample in reader] == [("a", 2), ("d", 5)]
+    assert dict(reader.records[0].bad) == {"not CSV": 1, "another number of values than names": 1}
+
+
+# ---- the richest shape, and what is said of it
+
+
+def test_several_shapes_in_one_line_are_said_once() -> None:
+    rows = [{"text": "t", "prompt": "p", "response": "r", "tokens": [1]}] * 3 + [{"text": "t", "tokens": [1]}]
+    calibration = Calibration(rows, ctx_size=100)
+    windows = list(calibration.windows(ByteTokenizer()))
+    assert text_of(windows[0].tokens) == "<s>p\nr"
+    assert calibration.summary()["shapes"] == {"prompt+response": 3, "text": 1}
+    assert calibration.notes[:2] == [
+        "sample 1: has tokens, text as well; prompt+response is read",
+        "sample 4: has tokens as well; text is read",
+    ]
+
+
+def test_null_is_as_good_as_absent() -> None:
+    rows = [
+        {"messages": None, "prompt": None, "text": "a"},
+        {"messages": [], "text": None, "prompt": "p", "response": "r"},
+    ]
+    first, second = samples_of(rows)
+    assert first.text == "a"
+    assert second.messages == []
+    calibration = Calibration(rows, ctx_size=10)
+    assert len(list(calibration.windows(ByteTokenizer()))) == 1
+    assert calibration.summary()["skipped_reasons"] == {"no messages": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}, "ua"),
+        ({"input": [{"role": "user", "content": "q"}], "output": "a"}, "ua"),
+        ({"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}], "rejected": []}, "ua"),
+        ({"system": "s", "conversations": [{"from": "human", "value": "q"}]}, "su"),
+        ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "observation", "value": "t"}]}, "at"),
+        ({"conversation": [{"role": "ChatGPT", "content": "a"}, {"role": "model", "content": "b"}]}, "aa"),
+    ],
+)
+def test_other_ways_of_saying_messages(row: dict[str, Any], expected: str) -> None:
+    (sample,) = samples_of([row])
+    assert "".join(message["role"][0] for message in sample.messages or ()) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            r'conversations\[0\]: from is the string "alien", expected',
+        ),
+        ({"messages": '[{"role": "user"'}, "messages should be a list, or JSON of one, found the string"),
+        ({"messages": [], "tools": "get_weather()"}, "tools should be a list"),
+        ({"messages": [], "tools": [3]}, "tools should be a list of objects, found the number 3 in it"),
+        ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 entries for 2 tokens"),
+        ({"prompt": "p", "response": 3}, "response should be a string, found the number 3"),
+    ],
+)
+def test_what_is_wrong_in_a_shape(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(CalibrationError, match=f"sample 1: {message}"):
+        samples_of([row])
+
+
+def test_pairs_without_the_model_s_template_are_said_once() -> None:
+    rows = [{"prompt": "a", "response": "b"}] * 3
+    calibration = Calibration(rows, ctx_size=100)
+    list(calibration.windows(ByteTokenizer()))
+    assert [note for note in calibration.notes if "--chat-template auto" in note] == [
+        "3 pairs are joined by a newline, without the model's chat template; --chat-template auto"
+        ' (chat_template="auto") renders a pair as the turns of a user and an assistant'
+    ]
+    calibration = Calibration(rows, ctx_size=100, chat_template="auto")
+    list(calibration.windows(ByteTokenizer()))
+    assert calibration.notes == []
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = None
+    calibration = Calibration(rows, ctx_size=100)
+    list(calibration.windows(tokenizer))
+    assert calibration.notes == []
+
+
+def test_a_system_prompt_beside_a_pair_is_a_turn_of_the_template() -> None:
+    rows = [{"system_prompt": "s", "question": "q", "response": "a"}]
+    (window,) = Calibration(rows, ctx_size=100, chat_template="auto").windows(ByteTokenizer())
+    assert "<|im_start|>system\ns<|im_end|>" in text_of(window.tokens)
+
+
+# ---- memory
+
+STREAM = """
+    import resource, sys
+    from pathlib import Path
+    from reap.text.samples import SampleReader
+    n = sum(len(sample.text) for sample in SampleReader(sys.argv[1]))
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts what the process was before it began another program
+        peak = int(status.read_text().split("VmHWM:")[1].split()[0])
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(n, peak)
+"""
+
+
+def memory_of(path: Path) -> tuple[int, float]:
+    """Characters read, and the process's peak in MB."""
+    command = [sys.executable, "-c", textwrap.dedent(STREAM), str(path)]
+    n_characters, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return int(n_characters), int(peak) / 1000
+
+
+def array(n_rows: int, row: bytes) -> Callable[[Any], None]:
+    def feed(file: Any) -> None:
+        file.write(b"[" + row)
+        for _ in range(n_rows - 1):
+            file.write(b",\n" + row)
+        file.write(b"]")
+
+    return feed
+
+
+def test_a_long_array_takes_little_memory(tmp_path: Path) -> None:
+    """200 MB through a pipe; benchmarks/streaming_memory.py reads 5 GB."""
+    pipe = tmp_path / "array.json"
+    os.mkfifo(pipe)
+    row = json.dumps({"text": "word " * 20_000}).encode()
+
+    def feed() -> None:
+        with open(pipe, "wb") as file:
+            array(2000, row)(file)
+
+    feeder = threading.Thread(target=feed, daemon=True)
+    feeder.start()
+    n_characters, peak = memory_of(pipe)
+    feeder.join(10)
+    assert n_characters == 2000 * 100_000
+    assert peak < 150
+
+
+def test_a_parquet_file_of_one_row_group_takes_little_memory(tmp_path: Path) -> None:
+    text = pyarrow.array([os.urandom(2500).hex() for _ in range(40_000)])  # 200 MB that do not compress to nothing
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": text, "other": text}), tmp_path / "d.parquet", use_dictionary=False
+    )
+    n_characters, peak = memory_of(tmp_path / "d.parquet")
+    assert n_characters == 40_000 * 5000
+    assert peak < 200
