@@ -26,6 +26,7 @@ from reap.cli.show import be_quiet
 from reap.engine.options import EngineArguments, EngineField, Listed, Whole, Word, engine_fields
 from reap.files.atomic import check_distinct, check_outputs
 from reap.files.atomic_directory import check_apart
+from reap.gguf.shards import model_paths
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 _NAMED_BY_WORD = ("auto", "none", "-")
@@ -132,7 +133,8 @@ class Command:
                 paths[parameter.role] += _paths_in(values.get(parameter.name))
         for directory in paths[WRITES_FOLDER]:
             check_apart(directory, paths[READS])
-        check_distinct([*paths[WRITES], *paths[WRITES_FOLDER], *paths[RESUMES]], paths[READS])
+        inputs = [file for path in paths[READS] for file in model_paths(path)]  # of a split model all its files
+        check_distinct([*paths[WRITES], *paths[WRITES_FOLDER], *paths[RESUMES]], inputs)
         check_outputs(paths[WRITES], force=bool(values.get("force")))
 
 

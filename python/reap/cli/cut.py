@@ -31,11 +31,11 @@ from reap.cli.options import (
     parse_metric,
     parse_time,
 )
-from reap.cli.show import bytes_text, print_facts, print_json, progress_bar
+from reap.cli.show import print_facts, print_json, progress_bar
 from reap.cli.summary import plan_facts, plan_figures
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
 from reap.errors import UsageError
-from reap.files.formatting import ranges_text
+from reap.files.formatting import bytes_text, ranges_text
 from reap.reporting.gpu_fit import describe_fit
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import reap
-from reap.cli.show import bytes_text, number_text, print_table, progress_bar, say
+from reap.cli.show import print_table, progress_bar, say
 from reap.errors import OutputError, ReapError
+from reap.files.formatting import bytes_text, number_text
 
 if TYPE_CHECKING:
     from reap.evaluation.result import Evaluation

@@ -27,9 +27,10 @@ from reap.cli.options import (
     parse_metric,
     split_list,
 )
-from reap.cli.show import bytes_text, number_text, percent_text, print_facts, print_json, print_table, progress_bar, say
+from reap.cli.show import print_facts, print_json, print_table, progress_bar, say
 from reap.cli.sweep_text import print_sweep
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
+from reap.files.formatting import bytes_text, number_text, percent_text
 
 if TYPE_CHECKING:
     from reap.evaluation.loops import LoopMetrics
@@ -108,8 +109,8 @@ def print_evaluation(result: Evaluation) -> None:
             ("perplexity ratio", f"{result.perplexity_ratio:.4f} ± {number_text(result.ratio_stderr)}"),
             ("KL divergence", f"mean {number_text(result.kl_mean)} ± {number_text(result.kl_stderr)} nats"),
             ("its quantiles", ", ".join(f"{share} % {number_text(value)}" for share, value in quantiles)),
-            ("same top token", percent_text(result.top1)),
-            ("halved", f"{percent_text(result.halved)} of the tokens are at most half as probable"),
+            ("same top token", percent_text(result.top1, 1)),
+            ("halved", f"{percent_text(result.halved, 1)} of the tokens are at most half as probable"),
         ]
     if result.loops is not None:
         facts += _loop_facts(result.loops)
@@ -120,7 +121,7 @@ def print_evaluation(result: Evaluation) -> None:
         rows = [
             (name, f"{found.tokens:,}", f"{found.perplexity:.4f}", number_text(found.perplexity_ratio),
             number_text(found.kl_mean),
-             percent_text(found.top1), percent_text(found.halved))
+             percent_text(found.top1, 1), percent_text(found.halved, 1))
             for name, found in result.domains.items()
         ]  # fmt: skip
         print_table(columns, rows)
@@ -129,7 +130,7 @@ def print_evaluation(result: Evaluation) -> None:
 
 def _loop_facts(loops: LoopMetrics) -> list[tuple[str, object]]:
     def beside(value: float, reference: float | None) -> str:
-        return percent_text(value) + ("" if reference is None else f" (reference {percent_text(reference)})")
+        return percent_text(value, 1) + ("" if reference is None else f" (reference {percent_text(reference, 1)})")
 
     return [
         ("continuations", f"{loops.prompts} of up to {loops.new_tokens} tokens"),

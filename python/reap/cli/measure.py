@@ -27,10 +27,10 @@ from reap.cli.options import (
     parse_metric,
 )
 from reap.cli.preview_text import print_preview
-from reap.cli.show import bytes_text, number_text, print_facts, print_json, print_table, progress_bar
+from reap.cli.show import print_facts, print_json, print_table, progress_bar
 from reap.cli.summary import fit_facts, profile_facts
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments
-from reap.files.formatting import ranges_text
+from reap.files.formatting import bytes_text, number_text, ranges_text
 
 if TYPE_CHECKING:  # numpy takes longer to import than a header to read
     from reap.gguf.model_info import ModelInfo

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from reap.files.formatting import bytes_text as bytes_text
+from reap.files.formatting import bytes_text
 from reap.progress import Progress as Step
 from reap.progress import ProgressCallback
 
@@ -71,16 +71,6 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """A line to stderr."""
     Console(stderr=True, markup=False, highlight=False, emoji=False).print(text, soft_wrap=True)
-
-
-def number_text(value: float | None) -> str:
-    """Four significant digits, a dash for what is undefined."""
-    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
-
-
-def percent_text(share: float | None) -> str:
-    """0.1234 -> "12.3 %", a dash for what is undefined."""
-    return "–" if share is None or math.isnan(share) else f"{share:.1%}".replace("%", " %")
 
 
 class _Speed(ProgressColumn):

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from reap.cli.show import bytes_text, console, number_text, print_table, say
+from reap.cli.show import console, print_table, say
+from reap.files.formatting import bytes_text, number_text
 
 if TYPE_CHECKING:
     from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict

@@ -12,8 +12,9 @@ import reap
 from reap.cli import completion, demonstration
 from reap.cli.commands import Panel
 from reap.cli.options import READS, WRITES, WRITES_FOLDER, Force, HfDir, Json, TrustRemoteCode, split_list
-from reap.cli.show import bytes_text, print_facts, print_json, print_table, progress_bar, say, warn
+from reap.cli.show import print_facts, print_json, print_table, progress_bar, say, warn
 from reap.errors import UsageError
+from reap.files.formatting import bytes_text
 
 if TYPE_CHECKING:
     from reap.engine.quantize import QuantizeReport

@@ -1,7 +1,8 @@
-"""Numbers in words, for whoever prints them. Imports nothing of reap's."""
+"""Numbers in words: of terminals, pages and errors. Imports nothing of reap's."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -13,6 +14,16 @@ def bytes_text(n_bytes: int) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+def number_text(value: float | None, digits: int = 4) -> str:
+    """`digits` significant digits; a dash for what is undefined."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
+
+
+def percent_text(share: float | None, digits: int = 0) -> str:
+    """0.1234 -> "12%"; a dash for what is undefined."""
+    return "–" if share is None or math.isnan(share) else f"{share:.{digits}%}"
 
 
 def ranges_text(ids: Sequence[int]) -> str:

@@ -14,12 +14,14 @@ from reap.errors import MismatchError, UsageError
 from reap.evaluation.sweep_table import Sweep
 from reap.files.atomic import check_distinct, paths_of, write_whole
 from reap.files.formatting import bytes_text, ranges_text
+from reap.files.formatting import number_text as number
+from reap.files.formatting import percent_text as percent
 from reap.files.strict_json import Node, read_json
 from reap.gguf.experts import gates_depend_on_all
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.gguf.reader import GGUFModel
 from reap.reporting.gpu_fit import describe_fit
-from reap.reporting.page import environment, number, percent
+from reap.reporting.page import environment
 from reap.scores.profile import Profile
 
 _MAX_BYTES = 64 << 20

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from reap.files.formatting import number_text as number
+from reap.files.formatting import percent_text as percent
 from reap.reporting import plots as figures
-from reap.reporting.page import Section, Table, number, percent
+from reap.reporting.page import Section, Table
 from reap.reporting.report_sources import Sources
 from reap.scores.plan import super_experts
 from reap.scores.statistics import (

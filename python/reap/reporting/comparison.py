@@ -10,8 +10,10 @@ import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from reap.files.atomic import check_distinct, paths_of
+from reap.files.formatting import number_text as number
+from reap.files.formatting import percent_text as percent
 from reap.reporting import plots as figures
-from reap.reporting.page import Page, Section, Table, number, packed, percent, write_page
+from reap.reporting.page import Page, Section, Table, packed, write_page
 from reap.scores.comparing import Comparison, compare
 from reap.scores.profile import Profile
 from reap.scores.ranking import Keep

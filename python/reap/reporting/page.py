@@ -108,16 +108,6 @@ def packed(array: NDArray[Any]) -> dict[str, str]:
     }
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A number of a table; a dash for what is undefined."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
-
-
-def percent(value: float | None, digits: int = 0) -> str:
-    """A share; a dash for what is undefined."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}%}"
-
-
 def _resource(name: str) -> str:
     return (files("reap.reporting") / "templates" / name).read_text(encoding="utf-8")
 

@@ -13,12 +13,14 @@ from reap.errors import MismatchError
 from reap.evaluation.sweep_table import Sweep
 from reap.files.atomic import check_distinct, paths_of
 from reap.files.formatting import bytes_text
+from reap.files.formatting import number_text as number
+from reap.files.formatting import percent_text as percent
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.pruning.sizing import measure_size
 from reap.reporting import plots as figures
 from reap.reporting.choice_sections import criteria, domains, low, provenance, super_experts_section
 from reap.reporting.experts_sections import distribution, experts, inequality, kept_mass, layer, load
-from reap.reporting.page import Page, Section, number, packed, percent, write_page
+from reap.reporting.page import Page, Section, packed, write_page
 from reap.reporting.report_sources import Sources
 from reap.reporting.size_sections import memory, quality, sizes
 from reap.scores.plan import PrunePlan, super_experts

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from reap.evaluation.sweep_table import Sweep, Verdict
 from reap.files.formatting import bytes_text
+from reap.files.formatting import number_text as number
+from reap.files.formatting import percent_text as percent
 from reap.pruning.sizing import ModelSize
 from reap.reporting import plots as figures
 from reap.reporting.gpu_fit import Fit, describe_fit, fits
-from reap.reporting.page import Section, Table, number, percent
+from reap.reporting.page import Section, Table
 from reap.reporting.report_sources import Sources
 from reap.reporting.sweep_points import SweepPoint, points_of
 
