@@ -33,6 +33,7 @@ from reap.cli import main
 from reap.engine import native
 from reap.errors import FormatError, ReapError
 from reap.files import regular
+from reap.gguf import reader
 from reap.scores.plan import PrunePlan
 from reap.scores.profile import Profile
 
@@ -256,8 +257,9 @@ def test_names_of_shards_lead_nowhere_else(tmp_path: Path, name: str, monkeypatc
     folder.mkdir()
     (folder / name).write_bytes(files[0].read_bytes())
     opened: list[Path] = []
-    real = regular._open_regular
-    monkeypatch.setattr(regular, "_open_regular", lambda path: (opened.append(path), real(path))[1])
+    real = regular.open_regular
+    for module in (regular, reader):
+        monkeypatch.setattr(module, "open_regular", lambda path, what: (opened.append(path), real(path, what))[1])
     with pytest.raises(FormatError, match=r"is missing|others cannot be found"):
         reap.inspect(folder / name)
     assert {path.parent for path in opened} == {folder}

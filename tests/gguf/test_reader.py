@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 import gguf
 from helpers.gguf_builder import build_moe
 from reap.errors import FormatError, UsageError
-from reap.gguf import reader
-from reap.gguf.reader import GGUFFile, GGUFModel, ValueType
+from reap.gguf.reader import GGUFFile, GGUFModel
+from reap.gguf.tensor_types import TENSOR_TYPES, ValueType
 
 # ---- against the oracle
 
 
 def test_storage_of_every_tensor_type_is_that_of_the_gguf_package() -> None:
-    ours = {type_id: (kind.name, kind.block_size, kind.block_bytes) for type_id, kind in reader.TENSOR_TYPES.items()}
+    ours = {type_id: (kind.name, kind.block_size, kind.block_bytes) for type_id, kind in TENSOR_TYPES.items()}
     theirs = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
     assert {type_id: ours.get(type_id) for type_id in theirs} == theirs
     newer = set(ours) - set(theirs)
@@ -205,7 +205,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "too few for a header"),
     "magic only": (b"GGUF", "too few for a header"),
     "wrong magic": (raw_file(magic=b"GGML"), "starts with b'GGML', expected b'GGUF'"),
-    "a zip": (b"PK\x03\x04" + bytes(100), "not a GGUF file"),
+    "a zip": (b"PK\x03\x04" + bytes(100), "not a GGUF file but a ZIP archive"),
     "version 0": (raw_file(version=0), "version 0, expected 2 or 3"),
     "version 1": (raw_file(version=1), "version 1, expected 2 or 3"),
     "version 4": (raw_file(version=4), "version 4, expected 2 or 3"),
@@ -256,7 +256,11 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "same place": (raw_file((), (entry(b"a"), entry(b"b"))), "overlap"),
     "duplicate tensor": (raw_file((), (entry(), entry(offset=128)), data=256), "'t' appears twice"),
     "tensor name not UTF-8": (raw_file((), (entry(b"\xc3\x28"),)), "not valid UTF-8"),
-    "unknown tensor type": (raw_file((), (entry(type_id=4),)), "unknown type 4"),
+    "a removed tensor type": (raw_file((), (entry(type_id=4),)), "the type 4: an old type (Q4_2, Q4_3)"),
+    "bitnet.cpp's type": (raw_file((), (entry(type_id=36),)), "the type 36: I2_S of bitnet.cpp"),
+    "Unsloth's type": (raw_file((), (entry(type_id=66),)), "the type 66: a 1-bit type of Unsloth's own"),
+    "ik_llama.cpp's type": (raw_file((), (entry(type_id=137),)), "the type 137: a type of ik_llama.cpp's own"),
+    "a type to come": (raw_file((), (entry(type_id=50),)), "the unknown type 50; it may be newer"),
     "tensor type 2^31": (raw_file((), (entry(type_id=2**31),)), "unknown type"),
     "five axes": (raw_file((), (entry(shape=(2, 2, 2, 2, 2)),)), "5 axes"),
     "billions of axes": (raw_file((), (entry(n_dims=2**32 - 1),)), "axes, expected at most 4"),

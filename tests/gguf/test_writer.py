@@ -26,7 +26,8 @@ from reap.files import copying, temporaries
 from reap.files.atomic import check_output, check_space, write
 from reap.files.copying import Copier
 from reap.files.ranges import Span, merge_spans
-from reap.gguf.reader import GGUFFile, ValueType
+from reap.gguf.reader import GGUFFile
+from reap.gguf.tensor_types import ValueType
 from reap.gguf.writer import NewFile, NewTensor, edit_metadata, encode_pair
 from reap.progress import Progress
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -249,9 +252,69 @@ def test_outputs_that_exist(tmp_path: Path, checkpoint: Path, out: Path) -> None
     assert target.read_text() == "before"
     convert_checkpoint(checkpoint, target, converter=tree, force=True)
     assert target.read_text() != "before"
-    with pytest.raises(UsageError, match="is the input"):
+    with pytest.raises(UsageError, match="is a file of the input"):
         convert_checkpoint(checkpoint, checkpoint / "model.safetensors", converter=tree, force=True)
     assert (checkpoint / "model.safetensors").read_text() == "weights"
+
+
+def test_an_output_that_appeared_meanwhile_stays(tmp_path: Path, checkpoint: Path, out: Path) -> None:
+    """Another process writes it while the converter runs."""
+    target = out / "model.gguf"
+    script = f"open(outfile, 'w').write('new'); open({str(target)!r}, 'w').write('precious')"
+    tree = make_tree(tmp_path / "tree", script)
+    with pytest.raises(UsageError, match="exists already; --force"):
+        convert_checkpoint(checkpoint, target, converter=tree)
+    assert target.read_text() == "precious"
+    assert [path.name for path in out.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "with the converter"])
+def test_a_killed_conversion_leaves_nothing(tmp_path: Path, checkpoint: Path, out: Path, together: bool) -> None:
+    """Killed alone, the converter goes with it and takes what it wrote along; killed together, the next run does."""
+    script = "open(outfile, 'w').write('half')\nprint(os.getpid(), flush=True)\nimport time; time.sleep(60)"
+    slow, quick = make_tree(tmp_path / "slow", script), make_tree(tmp_path / "quick", WRITE)
+    code = (
+        "import sys; from reap.hf.disk import convert; convert.find_spec = lambda name: object();"
+        "convert.convert_checkpoint(*sys.argv[1:3], converter=sys.argv[3], log=lambda line: print(line, flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint), str(out / "model.gguf"), str(slow)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = next(int(line) for line in process.stdout if line.strip().isdigit())
+        assert len(list(out.iterdir())) == 1
+        if together:
+            os.kill(child, signal.SIGSTOP)  # so that it cannot clean up
+        process.kill()
+        process.wait()
+        if together:
+            os.kill(child, signal.SIGKILL)
+    if not together:
+        deadline = time.monotonic() + 10
+        while list(out.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(out.iterdir()) == []
+    convert_checkpoint(checkpoint, out / "model.gguf", converter=quick)
+    assert [path.name for path in out.iterdir()] == ["model.gguf"]
+
+
+def test_a_pre_tokenizer_that_no_llama_cpp_knows(tmp_path: Path, checkpoint: Path, out: Path) -> None:
+    tree = make_tree(tmp_path / "tree", WRITE)
+    with pytest.raises(UsageError, match=r"pre is 'quen2', which is none of the \d+ pre-tokenizers .*\(qwen2"):
+        convert_checkpoint(checkpoint, out / "model.gguf", pre="quen2", converter=tree)
+    (tree / "src").mkdir()
+    (tree / "src" / "llama-vocab.cpp").write_text('} else if (tokenizer_pre == "quen2") {')
+    convert_checkpoint(checkpoint, out / "model.gguf", pre="quen2", converter=tree)
+    assert (out / "model.gguf").read_text().splitlines()[0] == "quen2"
+
+
+def test_two_sets_of_weights_are_refused(tmp_path: Path, checkpoint: Path, out: Path) -> None:
+    """The converter reads what the index names, all else `model.safetensors`."""
+    tree = make_tree(tmp_path / "tree", WRITE)
+    (checkpoint / "part.safetensors").write_text("others")
+    for names, refused in (({"a": "model.safetensors"}, False), ({"a": "part.safetensors"}, True)):
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(UsageError, match="has two sets of weights") if refused else nullcontext():
+            convert_checkpoint(checkpoint, out / "model.gguf", converter=tree, force=True)
 
 
 def test_wrong_calls(tmp_path: Path, checkpoint: Path, out: Path) -> None:

@@ -136,6 +136,14 @@ def test_a_key_that_is_renamed_is_named(tree: Path) -> None:
 
 
 @needs_tree
+@needs_tree
+def test_a_pre_tokenizer_that_is_renamed_is_named(tree: Path) -> None:
+    replace_in(tree / "src" / "llama-vocab.cpp", '"joyai-llm"', '"joyous-llm"')
+    gone, new = found_in(tree)
+    assert "'joyai-llm', which llama.cpp's vocabulary no longer knows" in gone
+    assert "knows the pre-tokenizer 'joyous-llm'" in new
+
+
 def test_a_tree_that_is_written_otherwise_is_no_silent_success(tree: Path) -> None:
     path = tree / "src" / "llama-arch.cpp"
     path.write_text(path.read_text(encoding="utf-8").replace("LLM_ARCH_", "ARCH_"), encoding="utf-8")

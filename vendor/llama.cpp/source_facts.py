@@ -41,17 +41,20 @@ KEYS = {
 @dataclass(frozen=True)
 class Facts:
     """Names in a tree. nodes: of the graph. tensors: of a block, as the loader asks for them -> the suffixes that it
-    asks for. keys: of the header, behind the architecture. architectures: as files name them."""
+    asks for. keys: of the header, behind the architecture. architectures, pre_tokenizers: as files name them."""
 
     nodes: frozenset[str]
     tensors: dict[str, frozenset[str]]
     keys: frozenset[str]
     architectures: frozenset[str]
+    pre_tokenizers: frozenset[str]
 
 
 def read_facts(tree: Path) -> Facts:
     """Read with regular expressions, which the pinned tree and those before it follow; nothing found at all is an
     error."""
+    from reap.hf.disk.pre_tokenizers import read_pre_tokenizers
+
     source = "\n".join(path.read_text(encoding="utf-8") for path in sorted((tree / "src").rglob("*.cpp")))
     names = (tree / "src" / "llama-arch.cpp").read_text(encoding="utf-8")
     of_constant = dict(re.findall(r'\{\s*(LLM_TENSOR_\w+),\s*"blk\.%d\.([\w.]+)"\s*\}', names))
@@ -64,8 +67,9 @@ def read_facts(tree: Path) -> Facts:
         tensors={name: frozenset(found) for name, found in suffixes.items()},
         keys=frozenset(re.findall(r'"%s\.(\w+)"', names)),
         architectures=frozenset(re.findall(r'\{\s*LLM_ARCH_\w+,\s*"([\w.-]+)"\s*\}', names)),
+        pre_tokenizers=read_pre_tokenizers(tree),
     )
-    for what in ("nodes", "tensors", "keys", "architectures"):
+    for what in ("nodes", "tensors", "keys", "architectures", "pre_tokenizers"):
         if not getattr(facts, what):
             raise ValueError(
                 f"{tree}: no {what} found in src/: llama.cpp writes them in another way now, and this script must"
@@ -86,7 +90,7 @@ def looked_for() -> dict[str, str]:
 
 def problems(facts: Facts) -> list[str]:
     """A sentence for each name that is not what reap takes it for."""
-    return [*_node_problems(facts), *_tensor_problems(facts), *_key_problems(facts)]
+    return [*_node_problems(facts), *_tensor_problems(facts), *_key_problems(facts), *_pre_tokenizer_problems(facts)]
 
 
 def _node_problems(facts: Facts) -> list[str]:
@@ -101,6 +105,16 @@ def _node_problems(facts: Facts) -> list[str]:
             f"llama.cpp's graph has a node {name!r}: ids, a gate or an output that csrc/moe_graph.cpp does not know"
             for name in new
         ),
+    ]
+
+
+def _pre_tokenizer_problems(facts: Facts) -> list[str]:
+    from reap.hf.disk.pre_tokenizers import PRE_TOKENIZERS
+
+    home = "reap/hf/disk/pre_tokenizers.py"
+    gone, new = sorted(PRE_TOKENIZERS - facts.pre_tokenizers), sorted(facts.pre_tokenizers - PRE_TOKENIZERS)
+    return [f"{home} names {name!r}, which llama.cpp's vocabulary no longer knows" for name in gone] + [
+        f"llama.cpp's vocabulary knows the pre-tokenizer {name!r}, which {home} does not" for name in new
     ]
 
 

@@ -27,7 +27,8 @@ from reap.errors import EngineError, FormatError, MismatchError, OutputError, Us
 from reap.files.atomic import check_output, check_space, written_elsewhere
 from reap.gguf.experts import read_architecture
 from reap.gguf.imatrix import Imatrix, read_imatrix
-from reap.gguf.reader import TENSOR_TYPES, GGUFModel
+from reap.gguf.reader import GGUFModel
+from reap.gguf.tensor_types import TENSOR_TYPES
 from reap.progress import Progress, ProgressCallback
 
 _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 from reap.engine.devices import check_servers
 from reap.engine.options import EngineOptions, engine_fields, usable_cores
+from reap.gguf.reader import first_file
 
 
 def open_session(
@@ -25,7 +26,7 @@ def open_session(
     head_on_host: bool = False,
     prediction_layer: int | None = None,
 ) -> _core.Session:
-    """Load a model into the engine.
+    """Load a model into the engine; of a split one, any of its files.
 
     n_sequences: how many may share a batch, fewer where the model does not allow it. n_bytes: of the model's files
     (None: of `path`). head_on_host: leave the output head out of the devices, for a session that never reaches it.
@@ -35,7 +36,7 @@ def open_session(
     """
     core = native.load()
     settings = core.SessionOptions()
-    settings.model_path = os.fspath(path)
+    settings.model_path = os.fspath(first_file(path))
     settings.model_bytes = n_bytes if n_bytes is not None else os.stat(path).st_size
     settings.n_sequences = n_sequences
     for field in engine_fields():

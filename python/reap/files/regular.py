@@ -7,9 +7,10 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from reap.errors import FormatError, UsageError
+from reap.files.recognise import what_is
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,6 +24,8 @@ class RegularFile:
 
     path: Path
     size: int
+    #: how an error names what should have been given
+    expected: ClassVar[str] = "a regular file"
 
     def __init__(self, path: Path, fd: int) -> None:
         """Takes over `fd`, an open regular file. Use `open`."""
@@ -34,7 +37,7 @@ class RegularFile:
         """Open `path`. Raises UsageError if it is not a readable regular file; a pipe is refused without waiting for
         its writer."""
         where = Path(path)
-        return cls(where, open_regular(where))
+        return cls(where, open_regular(where, cls.expected))
 
     def fileno(self) -> int:
         """The descriptor, for copies that stay in the kernel."""
@@ -73,34 +76,39 @@ class RegularFile:
             self.close()
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file. A pipe is refused without waiting for its writer."""
+def open_regular(path: Path, expected: str) -> int:
+    """A descriptor of a regular file. A pipe is refused without waiting for its writer.
+
+    expected: what an error says should have been given. Raises UsageError.
+    """
     try:
-        _check_regular(path, os.stat(path).st_mode)
+        _check_regular(path, os.stat(path).st_mode, expected)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be opened: {_reason(error)}") from None
     try:
-        _check_regular(path, os.fstat(fd).st_mode)
+        _check_regular(path, os.fstat(fd).st_mode, expected)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _check_regular(path: Path, mode: int) -> None:
+def _check_regular(path: Path, mode: int, expected: str) -> None:
     kinds: list[tuple[Callable[[int], bool], str]] = [
-        (stat.S_ISDIR, "a directory"),
         (stat.S_ISFIFO, "a pipe"),
         (stat.S_ISSOCK, "a socket"),
         (stat.S_ISCHR, "a device"),
         (stat.S_ISBLK, "a device"),
     ]
+    if stat.S_ISDIR(mode):
+        inside = what_is(path)
+        raise UsageError(f"{path}: is {inside if inside != 'a folder' else 'a directory'}, expected {expected}")
     for is_kind, kind in kinds:
         if is_kind(mode):
-            raise UsageError(f"{path}: is {kind}, expected a GGUF file")
+            raise UsageError(f"{path}: is {kind}, expected {expected}")
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import FormatError, UsageError
+from reap.files.recognise import HEAD_BYTES, what_are
 
 # A profile of 60 layers, 512 experts and 8 domains is about 60 MB. A small file can ask for much memory: Python spends
 # 8 bytes on a number that took 2 in the file, and 64 on an empty list that took 3, so those are counted before anything
@@ -150,6 +152,8 @@ def read_json(path: str | os.PathLike[str], *, what: str, max_bytes: int | None 
             raw = file.read(max_bytes + 1)
     except OSError as error:
         raise UsageError(f"{name}: cannot read the {what}: {error.strerror or error}") from error
+    if raw[:1] != b"{" and (found := what_are(raw[:HEAD_BYTES], len(raw))) not in (None, "a JSON file", "a text file"):
+        raise FormatError(f"{name}: is {found}, expected a {what} of reap")
     if len(raw) > max_bytes:
         raise FormatError(f"{name}: is larger than {max_bytes >> 20} MiB and so no {what} of reap{hint}")
     if problem := too_many(raw, factor):
@@ -166,18 +170,36 @@ def _large() -> tuple[int, str]:
     return 1, f" (where it is one all the same, {LARGE_VARIABLE}=1 reads it)"
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """The most that a JSON text may have, counted before anything is made of it: bytes say little of the memory that
+    values take. What stands inside strings is counted as well."""
+
+    n_bytes: int
+    #: lists and objects
+    containers: int
+    #: members of objects
+    members: int
+    #: of lists and objects, but for the first of each
+    values: int
+
+    def exceeded(self, raw: bytes, factor: int = 1) -> str | None:
+        """What `raw` has more of than this times `factor`; None where there is nothing."""
+        counted = (
+            ("lists and objects", b"[{", self.containers),
+            ("members of objects", b":", self.members),
+            ("values", b",", self.values),
+        )
+        for things, signs, most in counted:
+            found = sum(raw.count(sign) for sign in signs)
+            if found > most * factor:
+                return f"{found:,} {things}, more than {most * factor:,}"
+        return f"{len(raw):,} bytes, more than {self.n_bytes * factor:,}" if len(raw) > self.n_bytes * factor else None
+
+
 def too_many(raw: bytes, factor: int = 1) -> str | None:
     """What a JSON text has more of than `read_json` takes, times `factor`; None where there is nothing."""
-    counted = (
-        ("lists and objects", b"[{", MAX_CONTAINERS),
-        ("members of objects", b":", MAX_CONTAINERS),
-        ("values", b",", MAX_VALUES),
-    )
-    for things, signs, most in counted:
-        found = sum(raw.count(sign) for sign in signs)
-        if found > most * factor:
-            return f"{found:,} {things}, more than {most * factor:,}"
-    return f"{len(raw):,} bytes, more than {MAX_BYTES * factor:,}" if len(raw) > MAX_BYTES * factor else None
+    return Bounds(MAX_BYTES, MAX_CONTAINERS, MAX_CONTAINERS, MAX_VALUES).exceeded(raw, factor)
 
 
 def parse_json(raw: bytes | str, where: str, *, allow_constants: bool = False) -> Any:

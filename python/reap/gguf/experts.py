@@ -14,7 +14,8 @@ from enum import Enum
 from typing import NamedTuple
 
 from reap.errors import FormatError
-from reap.gguf.reader import INTEGER_TYPES, TENSOR_TYPES, GGUFModel, TensorInfo, ValueType
+from reap.gguf.reader import GGUFModel, TensorInfo
+from reap.gguf.tensor_types import INTEGER_TYPES, TENSOR_TYPES, ValueType
 
 
 class Role(Enum):

@@ -19,8 +19,11 @@ from typing import NamedTuple
 
 from reap.errors import FormatError, MismatchError
 from reap.files.ranges import Piece, RawFile, Span, Writable, merge_spans
+from reap.files.recognise import HEAD_BYTES, what_are
 from reap.files.regular import RegularFile
-from reap.gguf.reader import INTEGER_TYPES, MAGIC, MAX_NAME_BYTES, MAX_TENSORS, GGUFFile, TensorInfo, ValueType
+from reap.gguf.parser import MAGIC, MAX_NAME_BYTES, MAX_TENSORS, TensorInfo
+from reap.gguf.reader import GGUFFile
+from reap.gguf.tensor_types import INTEGER_TYPES, ValueType
 from reap.gguf.writer import NewFile, NewTensor, edit_metadata
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -236,7 +239,8 @@ def _legacy_entries(file: RegularFile) -> dict[str, Entry]:
     (n_entries,), position = _I32.unpack(file.read_range(0, 4)), 4
     if not 0 < n_entries <= min(MAX_TENSORS, file.size // _MIN_ENTRY_BYTES):
         raise FormatError(
-            f"{file.path}: is no importance matrix: neither a GGUF file nor the count of a legacy one ({n_entries:,})"
+            f"{file.path}: holds no importance matrix{_said(file)}: neither a GGUF file nor the count of a legacy one"
+            f" ({n_entries:,})"
         )
     for index in range(n_entries):
         what = f"{file.path}: entry {index} of the importance matrix"
@@ -253,6 +257,11 @@ def _legacy_entries(file: RegularFile) -> dict[str, Entry]:
         entries[name] = Entry(position, n_values)
         position += n_values * _F32_BYTES
     return entries
+
+
+def _said(file: RegularFile) -> str:
+    what = what_are(file.read_range(0, min(file.size, HEAD_BYTES)), file.size)
+    return "" if what is None else f" but is {what}"
 
 
 def _legacy_name(raw: bytes, what: str) -> str:

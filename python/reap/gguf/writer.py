@@ -14,7 +14,9 @@ from typing import Any
 
 from reap.errors import FormatError
 from reap.files.ranges import Piece, Span, merge_spans, total_bytes
-from reap.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, SCALAR_CODES, GGUFFile, ValueType, pad
+from reap.gguf.parser import DEFAULT_ALIGNMENT, MAGIC, pad
+from reap.gguf.reader import GGUFFile
+from reap.gguf.tensor_types import SCALAR_CODES, ValueType
 
 _HEADER_BYTES = 24
 

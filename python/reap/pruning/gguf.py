@@ -19,7 +19,9 @@ from reap.files.ranges import Piece, Span, Writable, merge_spans
 from reap.gguf.experts import ExpertLayout, gates_depend_on_all, read_count, read_layout
 from reap.gguf.imatrix import Experts, Imatrix, output_name, read_imatrix
 from reap.gguf.model_info import PROVENANCE_PREFIX, ModelInfo, describe
-from reap.gguf.reader import GGUFModel, TensorInfo, ValueType, is_shard_name, shard_path
+from reap.gguf.reader import GGUFModel, TensorInfo
+from reap.gguf.shards import is_shard_name, shard_path
+from reap.gguf.tensor_types import ValueType
 from reap.gguf.writer import NewFile, NewTensor, edit_metadata, encode_pair, split
 from reap.progress import ProgressCallback
 from reap.pruning.compatibility import check_plan, plan_warnings

@@ -3,7 +3,8 @@ Imports nothing of reap's.
 
 python _convert_child.py --tree DIR [--pre NAME] [--no-prediction] [--trust-remote-code] -- ARGUMENTS OF THE CONVERTER
 
-Standard input is a JSON object of keys to add to the file: name -> text, number or list of numbers.
+Standard input is one line, a JSON object of keys to add to the file: name -> text, number or list of numbers. It stays
+open: where it closes, the process that wanted the file is gone, and so are this one and what it has written.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import runpy
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +74,23 @@ def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def end_with_parent(outfile: str) -> None:
+    """End this process where standard input closes, and take the half-written file along."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        with suppress(OSError):
+            os.unlink(outfile)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _outfile(arguments: list[str]) -> str:
+    return os.path.abspath(arguments[arguments.index("--outfile") + 1])
+
+
 def add_keys(keys: dict[str, Any]) -> None:
     """Write `keys` behind those of the converter, in the types that `reap.prune` gives them."""
     gguf = importlib.import_module("gguf")
@@ -113,7 +134,8 @@ def main() -> None:
     if not options.trust_remote_code:
         refuse_remote_code()
     keep_published_names()
-    keys = json.load(sys.stdin)
+    keys = json.loads(sys.stdin.readline())
+    end_with_parent(_outfile(options.arguments))
     if keys:
         add_keys(keys)
     if options.no_prediction:

@@ -14,27 +14,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from reap.errors import FormatError, UsageError
+from reap.errors import FormatError
 from reap.files.strict_json import Node, parse_json, shorten
+from reap.hf.disk.discovery import CONFIG, INDEX, check_folder, find_weights, read_text, walk
 from reap.hf.disk.safetensors_file import SafetensorsFile, StoredTensor
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PROVENANCE = "reap.json"
 QUANTISATION = "hf_quant_config.json"  # where ModelOpt names what it quantised
-_MAX_CONFIG_BYTES = 16 << 20
-_MAX_INDEX_BYTES = 256 << 20
-_MOST_SHARDS = 4096
-_SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 #: Files that hold weights of some form. None is carried over: they would be those of the whole model.
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|gguf|ggml|onnx|onnx_data|h5|msgpack|npz|npy|ot|tflite|mlmodel|distcp)"
     r"(\.index\.json)?",
     re.IGNORECASE,
 )
-_PICKLE_INDEX = re.compile(r"pytorch_model.*\.bin(\.index\.json)?|.*\.(pt|pth|ckpt|pkl)")
-_HIDDEN_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 
 
 @dataclass(frozen=True)
@@ -66,20 +58,17 @@ class Checkpoint:
     def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
         """Open a checkpoint of safetensors files.
 
-        Raises UsageError where there is none (a checkpoint of pickles is one too few), FormatError where its files are
-        damaged or contradict each other.
+        Raises UsageError where there is none (a checkpoint of pickles is one too few) or where it holds a link that may
+        not be followed, FormatError where its files are damaged or contradict each other.
         """
         where = Path(directory)
-        if not where.is_dir():
-            raise UsageError(f"{where}: no directory, where a Hugging Face checkpoint was expected")
-        if not (where / CONFIG).is_file():
-            raise UsageError(f"{where}: no Hugging Face checkpoint, it has no {CONFIG}")
-        config_text = _read_text(where / CONFIG, _MAX_CONFIG_BYTES)
+        check_folder(where)
+        config_text = read_text(where / CONFIG)
         Node(parse_json(config_text, str(where / CONFIG), allow_constants=True), str(where / CONFIG)).members()
-        index, names = _find_shards(where)
+        weights = find_weights(where)
         with ExitStack() as stack:
-            shards = {name: stack.enter_context(SafetensorsFile.open(where / name)) for name in names}
-            checkpoint = cls(where, config_text, shards, index)
+            shards = {name: stack.enter_context(SafetensorsFile.open(where / name)) for name in weights.names}
+            checkpoint = cls(where, config_text, shards, weights.index)
             checkpoint._check_index()
             stack.pop_all()
         return checkpoint
@@ -116,7 +105,7 @@ class Checkpoint:
         config.json, the index, reap.json and hf_quant_config.json are in neither, since they are written anew.
         """
         carried, left = [], []
-        for path in _walk(self.directory):
+        for path in walk(self.directory):
             name = path.relative_to(self.directory).as_posix()
             if name in (CONFIG, INDEX, PROVENANCE, QUANTISATION) or name in self.shards:
                 continue
@@ -132,7 +121,7 @@ class Checkpoint:
         path = self.directory / QUANTISATION
         if not path.is_file():
             return None
-        text = _read_text(path, _MAX_CONFIG_BYTES)
+        text = read_text(path)
         parse_json(text, str(path))
         return text
 
@@ -179,60 +168,3 @@ def _find_double(shards: Mapping[str, SafetensorsFile]) -> tuple[str, str, str]:
                 return seen[name], shard, shorten(name, 80)
             seen[name] = shard
     raise AssertionError("no name appears twice")
-
-
-def _find_shards(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """(the index or None, names of the files): what transformers would load, one file before an index."""
-    if (directory / SINGLE).is_file():
-        return None, [SINGLE]
-    if not (directory / INDEX).is_file():
-        raise UsageError(f"{directory}: has neither {SINGLE} nor {INDEX}{_pickle_advice(directory)}")
-    where = str(directory / INDEX)
-    index = Node(parse_json(_read_text(directory / INDEX, _MAX_INDEX_BYTES), where), where)
-    names: dict[str, None] = {}
-    for _, node in index["weight_map"].items():
-        name = node.string()
-        if not _SHARD_NAME.fullmatch(name) or name.startswith("."):
-            node.fail(f"should name a .safetensors file beside the index, found {shorten(name)}")
-        names[name] = None
-    if not 0 < len(names) <= _MOST_SHARDS:
-        raise FormatError(f"{where}: names {len(names):,} files, expected 1 to {_MOST_SHARDS:,}")
-    if missing := [name for name in names if not (directory / name).is_file()]:
-        raise FormatError(f"{where}: names {shorten(missing[0], 80)}, which is not there")
-    return index.members(), list(names)
-
-
-def _pickle_advice(directory: Path) -> str:
-    names = sorted(path.name for path in directory.iterdir() if _PICKLE_INDEX.fullmatch(path.name))
-    if not names:
-        return ""
-    return (
-        f"; it holds a pickle ({names[0]}), which reap never loads, since loading one can run anything: where you trust"
-        " it, write it as safetensors first (transformers:"
-        " AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR))"
-    )
-
-
-def _read_text(path: Path, max_bytes: int) -> str:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(raw) > max_bytes:
-        raise FormatError(f"{path}: is larger than {max_bytes >> 20} MiB")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-
-
-def _walk(directory: Path) -> Iterator[Path]:
-    """Regular files below `directory`, sorted; links to files are followed, as a cache of checkpoints has them, links
-    to folders not."""
-    for root, folders, names in os.walk(directory):
-        folders[:] = sorted(name for name in folders if name not in _HIDDEN_FOLDERS)
-        for name in sorted(names):
-            path = Path(root, name)
-            if path.is_file():
-                yield path

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from reap.errors import FormatError, UnsupportedModelError
-from reap.hf.disk.checkpoint_files import CONFIG, Checkpoint
+from reap.hf.disk.checkpoint_files import Checkpoint
 from reap.hf.disk.config_text import Path, replace_values
+from reap.hf.disk.discovery import CONFIG
 
 #: How many experts a layer has.
 EXPERT_KEYS = (

@@ -10,21 +10,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import reap
-from reap.errors import EngineError, MissingExtraError, OutputError, ReapError, UsageError
-from reap.files.atomic import check_output
+from reap.errors import EngineError, MissingExtraError, ReapError, UsageError
+from reap.files.atomic import check_output, written_elsewhere
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 SOURCE_VARIABLE = "REAP_LLAMA_CPP_SOURCE"
@@ -66,30 +64,31 @@ def convert_checkpoint(
     `trust_remote_code`: let Python code inside the checkpoint run. `force`: replace an output that exists. `log`
     receives the converter's lines.
 
-    Raises UsageError for a directory, output or option that cannot work, MissingExtraError without torch, transformers
+    Killed, it takes the converter with it.
+
+    Raises UsageError for a directory, output or option that cannot work (a `pre` that no llama.cpp would load among
+    them), MissingExtraError without torch, transformers
     or a converter, EngineError with the end of the converter's log when it fails.
     """
     source, target = Path(hf_dir), Path(output)
     _check_call(source, outtype, pre)
-    check_output(target, source.iterdir(), force=force)
+    check_output(target, [source], force=force)
     _check_extra()
     tree = find_converter(converter)
-    # a name without the caller's characters: the converter fills in {templates} in names
-    real = Path(os.path.realpath(target))
-    part = real.parent / f".reap-convert-{os.getpid()}-{secrets.token_hex(4)}.gguf"
+    if pre is not None:
+        _check_pre(pre, tree)
+    _check_weights(source)
     command = [sys.executable, str(Path(__file__).with_name("_convert_child.py")), "--tree", str(tree)]
     command += ["--pre", pre] if pre is not None else []
     has_prediction, keys = _look(source)
     command += [] if prediction and has_prediction else ["--no-prediction"]
     command += ["--trust-remote-code"] if trust_remote_code else []
-    command += ["--", str(source.resolve()), "--outfile", part.name, "--outtype", outtype]
-    try:
-        status, lines = _run(command, keys, real.parent, trust_remote_code, log)
-        if status != 0 or not part.is_file():
+    with written_elsewhere(target, force=force) as temporary:
+        # its name alone, from inside its directory: the converter fills in {templates} in what it is given
+        command += ["--", str(source.resolve()), "--outfile", temporary.name, "--outtype", outtype]
+        status, lines = _run(command, keys, temporary.parent, trust_remote_code, log)
+        if status != 0 or not temporary.stat().st_size:
             raise EngineError(f"{source}: llama.cpp's converter failed: {_quote(lines, status)}{_hint(lines)}")
-        _publish(part, real)
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 
@@ -126,6 +125,29 @@ def _check_call(source: Path, outtype: str, pre: str | None) -> None:
         raise UsageError(f"{source}: no Hugging Face checkpoint, it has no config.json")
 
 
+def _check_pre(pre: str, tree: Path) -> None:
+    from reap.hf.disk.pre_tokenizers import PRE_TOKENIZERS, like, read_pre_tokenizers
+
+    known = PRE_TOKENIZERS | read_pre_tokenizers(tree)
+    if pre not in known:
+        raise UsageError(
+            f"pre is {pre!r}, which is none of the {len(known)} pre-tokenizers that llama.cpp knows ({like(pre, known)}"
+            " ...): the file would not load"
+        )
+
+
+def _check_weights(source: Path) -> None:
+    """Links that lead out; and two sets of weights, of which llama.cpp's converter would take the other one."""
+    from reap.hf.disk.discovery import INDEX, SINGLE, check_folder, other_weights
+
+    check_folder(source)
+    if others := other_weights(source):
+        raise UsageError(
+            f"{source}: has two sets of weights, {SINGLE} and those that {INDEX} names ({others[0]} ...); the converter"
+            " would read the second, all else reads the first: remove one of them"
+        )
+
+
 def _look(source: Path) -> tuple[bool, dict[str, Any]]:
     """(whether it may have prediction layers, which the converter takes for granted in some families; keys that say
     what pruning kept)."""
@@ -154,22 +176,26 @@ def _check_extra() -> None:
 def _run(
     command: list[str], keys: dict[str, Any], directory: Path, online: bool, log: Callable[[str], None] | None
 ) -> tuple[int, deque[str]]:
-    """Tell the child which keys to add and run it to its end; its status and the last lines it wrote."""
+    """Tell the child which keys to add and run it to its end; its status and the last lines it wrote.
+
+    The pipe to it stays open for as long as we live: the child ends where it closes.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "NO_LOCAL_GGUF"}
-    environment["PYTHONIOENCODING"] = "utf-8"
+    environment["PYTHONIOENCODING"] = "utf-8:backslashreplace"
     if not online:
         environment["HF_HUB_OFFLINE"] = "1"  # everything it needs is in the directory
     lines: deque[str] = deque(maxlen=_LINES_KEPT)
     with ExitStack() as stack:
-        told = stack.enter_context(tempfile.TemporaryFile())
-        told.write(json.dumps(keys).encode())
-        told.seek(0)
-        streams: dict[str, Any] = {"stdin": told, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         child = stack.enter_context(
             subprocess.Popen(command, cwd=directory, env=environment, encoding="utf-8", errors="replace", **streams)
         )
+        assert child.stdin is not None
         assert child.stdout is not None
         try:
+            with suppress(BrokenPipeError):  # it ended at once, and its status and lines say why
+                child.stdin.write(json.dumps(keys) + "\n")
+                child.stdin.flush()
             for line in child.stdout:
                 lines.append(line.rstrip())
                 if log is not None:
@@ -192,13 +218,3 @@ def _hint(lines: deque[str]) -> str:
     text = "\n".join(lines)
     hints = [hint for sign, hint in _HINTS.items() if sign in text]
     return f" ({'; '.join(hints)})" if hints else ""
-
-
-def _publish(part: Path, target: Path) -> None:
-    """Bytes to the disk first, the name last."""
-    try:
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
-    except OSError as error:
-        raise OutputError(f"{target}: could not be written: {error.strerror}") from error

@@ -17,8 +17,9 @@ from reap.files.atomic import check_space, paths_of, write
 from reap.files.atomic_directory import check_output_directory, new_directory
 from reap.files.ranges import RawFile, Span, merge_spans
 from reap.files.regular import RegularFile
-from reap.hf.disk.checkpoint_files import CONFIG, INDEX, PROVENANCE, QUANTISATION, Checkpoint, SideFile
+from reap.hf.disk.checkpoint_files import PROVENANCE, QUANTISATION, Checkpoint, SideFile
 from reap.hf.disk.config import patch_config, patch_names
+from reap.hf.disk.discovery import CONFIG, INDEX
 from reap.hf.disk.info import PROVENANCE_FORMAT, CheckpointInfo, describe_checkpoint, origin
 from reap.hf.disk.layout import CheckpointLayout, Follows, is_of_prediction, read_checkpoint_layout
 from reap.hf.disk.safetensors_file import SafetensorsFile, StoredTensor, encode_header

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from reap.errors import FormatError
+from reap.files.recognise import HEAD_BYTES, what_are
 from reap.files.regular import RegularFile
-from reap.files.strict_json import Node, parse_json, shorten
+from reap.files.strict_json import Bounds, Node, parse_json, shorten
 
-#: As the safetensors package has it.
-MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 64
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 131_072
+#: Of a tensor the header has an object, two lists, four members, and its dimensions. A shard has some thousands of
+#: tensors; with as many as this the header is read in about 130 MB.
+_BOUNDS = Bounds(n_bytes=32 << 20, containers=4 * MAX_TENSORS, members=5 * MAX_TENSORS, values=10 * MAX_TENSORS)
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
 _MAX_OFFSET = 2**62
@@ -78,6 +80,8 @@ class SafetensorsFile(RegularFile):
     metadata: the `__metadata__` of its header. tensors: name -> `StoredTensor`, in the order of their bytes.
     """
 
+    expected: ClassVar[str] = "a safetensors file"
+
     def __init__(self, path: Path, fd: int) -> None:
         """Use `open`; it raises UsageError if `path` is not a readable regular file, FormatError if it is no sound
         safetensors file."""
@@ -89,17 +93,9 @@ class SafetensorsFile(RegularFile):
             raise
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-        if self.size < _LENGTH.size:
-            raise FormatError(f"{self.path}: is no safetensors file: {self.size} bytes are too few")
-        (length,) = _LENGTH.unpack(self.read_range(0, _LENGTH.size))
-        if length > min(MAX_HEADER_BYTES, self.size - _LENGTH.size):
-            raise FormatError(
-                f"{self.path}: is no safetensors file, or cut short: its header would take {length:,} bytes, where the"
-                f" file has {self.size - _LENGTH.size:,} and {MAX_HEADER_BYTES:,} are the most"
-            )
-        raw = self.read_range(_LENGTH.size, length)
-        if not raw.startswith(b"{"):
-            raise FormatError(f"{self.path}: is no safetensors file: its header does not begin with {{")
+        length, raw = self._header_bytes()
+        if problem := _BOUNDS.exceeded(raw):
+            raise FormatError(f"{self.path}: its header has {problem}; no file of a checkpoint has as many")
         header = Node(parse_json(raw, f"{self.path}: header"), f"{self.path}: header")
         if len(header.members()) > MAX_TENSORS:
             raise FormatError(f"{self.path}: has {len(header.members()):,} tensors, expected at most {MAX_TENSORS:,}")
@@ -109,6 +105,24 @@ class SafetensorsFile(RegularFile):
         tensors.sort(key=lambda tensor: (tensor.offset_bytes, tensor.n_bytes))
         self._check_coverage(tensors, start)
         return metadata, {tensor.name: tensor for tensor in tensors}
+
+    def _header_bytes(self) -> tuple[int, bytes]:
+        what = what_are(self.read_range(0, min(self.size, HEAD_BYTES)), self.size)
+        is_not = f"{self.path}: is not a safetensors file" + (
+            "" if what in (None, "a safetensors file") else f" but {what}"
+        )
+        if self.size < _LENGTH.size:
+            raise FormatError(f"{is_not}: {self.size} bytes are too few")
+        (length,) = _LENGTH.unpack(self.read_range(0, _LENGTH.size))
+        if length > min(_BOUNDS.n_bytes, self.size - _LENGTH.size):
+            raise FormatError(
+                f"{is_not}, or cut short: its header would take {length:,} bytes, where the file has"
+                f" {self.size - _LENGTH.size:,} and {_BOUNDS.n_bytes:,} are the most"
+            )
+        raw = self.read_range(_LENGTH.size, length)
+        if not raw.startswith(b"{"):
+            raise FormatError(f"{is_not}: its header does not begin with {{")
+        return length, raw
 
     def _check_coverage(self, tensors: list[StoredTensor], start: int) -> None:
         """The tensors lie one behind the other, from the header's end to the end of the file."""

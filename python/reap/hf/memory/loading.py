@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,9 @@ from typing import Any, TypedDict
 
 from reap.errors import EngineError, FormatError, UnsupportedModelError, UsageError
 from reap.hf.dependencies import require_extra, require_package
+from reap.hf.disk import discovery
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_INDEX = "model.safetensors.index.json"
 
 
 class LoadArguments(TypedDict, total=False):
@@ -71,35 +70,16 @@ class LoadOptions:
 
 
 def check_folder(folder: Path) -> None:
-    """UsageError where `folder` is no checkpoint that can be loaded without opening a pickle."""
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no folder, where a Hugging Face checkpoint was expected")
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder}: no Hugging Face checkpoint, it has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        if pickles:
-            raise UsageError(
-                f"{folder}: its weights are pickles ({pickles[0]}), which can run code as they are opened; save the"
-                " model again with model.save_pretrained(DIR, safe_serialization=True), on a machine that trusts them"
-            )
-        raise UsageError(f"{folder}: it has no *.safetensors")
+    """Raise UsageError where `folder` is no checkpoint that can be loaded without opening a pickle, or holds a link
+    that may not be followed."""
+    discovery.check_folder(folder)
+    discovery.find_weights(folder)
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files that hold the model's weights."""
-    index = folder / _INDEX
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FormatError(f"{index}: is no index of safetensors files ({type(error).__name__})") from error
-    missing = sorted(name for name in names if Path(name).name != name or not (folder / name).is_file())
-    if missing:
-        raise FormatError(f"{folder}: {missing[0]!r}, which {_INDEX} names, is not there")
-    return [folder / name for name in sorted(names)]
+    """The safetensors files that hold the model's weights, as `reap.hf.disk` finds them. Raises what `find_weights`
+    raises."""
+    return [folder / name for name in discovery.find_weights(folder).names]
 
 
 def load_config(folder: Path, options: LoadOptions) -> Any:

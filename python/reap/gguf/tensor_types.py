@@ -1,0 +1,102 @@
+"""How values are stored: ggml's types of tensors, and the types of metadata values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class ValueType(IntEnum):
+    """The type ids of metadata values, as stored."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
+
+#: struct code of each value type of fixed size; a bool is read as a byte, since any byte but 0 is true
+SCALAR_CODES: Mapping[int, str] = MappingProxyType(
+    {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+)
+INTEGER_TYPES = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
+
+
+class TensorType(NamedTuple):
+    """How a ggml type is stored: `block_size` elements of a row share `block_bytes` bytes."""
+
+    name: str
+    block_size: int
+    block_bytes: int
+
+
+#: ggml type id -> storage; a test compares it with the `gguf` package
+TENSOR_TYPES: Mapping[int, TensorType] = MappingProxyType(
+    {
+        0: TensorType("F32", 1, 4),
+        1: TensorType("F16", 1, 2),
+        2: TensorType("Q4_0", 32, 18),
+        3: TensorType("Q4_1", 32, 20),
+        6: TensorType("Q5_0", 32, 22),
+        7: TensorType("Q5_1", 32, 24),
+        8: TensorType("Q8_0", 32, 34),
+        9: TensorType("Q8_1", 32, 40),
+        10: TensorType("Q2_K", 256, 84),
+        11: TensorType("Q3_K", 256, 110),
+        12: TensorType("Q4_K", 256, 144),
+        13: TensorType("Q5_K", 256, 176),
+        14: TensorType("Q6_K", 256, 210),
+        15: TensorType("Q8_K", 256, 292),
+        16: TensorType("IQ2_XXS", 256, 66),
+        17: TensorType("IQ2_XS", 256, 74),
+        18: TensorType("IQ3_XXS", 256, 98),
+        19: TensorType("IQ1_S", 256, 50),
+        20: TensorType("IQ4_NL", 32, 18),
+        21: TensorType("IQ3_S", 256, 110),
+        22: TensorType("IQ2_S", 256, 82),
+        23: TensorType("IQ4_XS", 256, 136),
+        24: TensorType("I8", 1, 1),
+        25: TensorType("I16", 1, 2),
+        26: TensorType("I32", 1, 4),
+        27: TensorType("I64", 1, 8),
+        28: TensorType("F64", 1, 8),
+        29: TensorType("IQ1_M", 256, 56),
+        30: TensorType("BF16", 1, 2),
+        34: TensorType("TQ1_0", 256, 54),
+        35: TensorType("TQ2_0", 256, 66),
+        39: TensorType("MXFP4", 32, 17),
+        40: TensorType("NVFP4", 64, 36),
+        41: TensorType("Q1_0", 128, 18),
+        42: TensorType("Q2_0", 64, 18),
+    }
+)
+
+_REMOVED = "llama.cpp has removed; convert or quantise the model again"
+_FORKS: tuple[tuple[range, str], ...] = (
+    (range(4, 6), f"an old type (Q4_2, Q4_3) that {_REMOVED}"),
+    (range(31, 34), f"a repacked type (Q4_0_4_4 and its like) that {_REMOVED}"),
+    (range(36, 37), "I2_S of bitnet.cpp, or a repacked type (IQ4_NL_4_4) that llama.cpp has removed"),
+    (range(37, 39), f"a repacked type (IQ4_NL_4_8 and its like) that {_REMOVED}"),
+    (range(66, 67), "a 1-bit type of Unsloth's own, which their build of llama.cpp reads"),
+    (range(97, 100), "a type of ik_llama.cpp's own, which llama.cpp does not read"),
+    (range(133, 512), "a type of ik_llama.cpp's own, which llama.cpp does not read"),
+)
+
+
+def describe_unknown_type(type_id: int) -> str:
+    """What an error says of a ggml type id that is not in `TENSOR_TYPES`: whose it is, where that is known."""
+    for ids, what in _FORKS:
+        if type_id in ids:
+            return f"the type {type_id}: {what}"
+    return f"the unknown type {type_id}; it may be newer than the llama.cpp that reap is built with"
