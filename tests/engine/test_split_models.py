@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reap.gguf.shards import model_paths
 
 import reap
 from helpers.gguf_builder import build_moe
@@ -15,6 +14,7 @@ from helpers.paths import ROOT
 from reap.cli import main
 from reap.errors import FormatError
 from reap.gguf.reader import first_file
+from reap.gguf.shards import model_paths
 from reap.scores.plan import PrunePlan
 
 GOLDEN = ROOT / "tests" / "golden" / "qwen3moe.gguf"
