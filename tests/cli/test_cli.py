@@ -7,6 +7,8 @@ import io
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,8 @@ def test_profile_passes_the_library_s_defaults(monkeypatch: pytest.MonkeyPatch, 
     called = record(monkeypatch, "profile", make_profile())
     assert main(["profile", "m.gguf", "c.jsonl", "-o", str(tmp_path / "p.json")]) == 0
     assert called.arguments == (Path("m.gguf"), "c.jsonl")
+    assert called.options.pop("checkpoint") == tmp_path / "p.json.resume"
+    assert called.options.pop("progress")
     for name, value in called.options.items():
         default = signature.parameters[name].default
         assert (tuple(value) if default == () else value) == default, name
@@ -139,6 +143,7 @@ def test_evaluate_passes_the_library_s_defaults(monkeypatch: pytest.MonkeyPatch)
     called = record(monkeypatch, "evaluate", error=UsageError("stop"))
     assert main(["evaluate", "m.gguf", "t.txt"]) == 2
     assert called.arguments == (Path("m.gguf"), Path("t.txt"))
+    assert called.options.pop("progress")
     for name, value in called.options.items():
         default = signature.parameters[name].default
         assert (tuple(value) if default == () else value) == default, name
@@ -235,6 +240,9 @@ def test_calibration_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     expected = {"chat_template": "auto", "mask": "response", "parse_special": False, "max_tokens": 9, "resume": True}
     assert {name: called.options[name] for name in expected} == expected
     assert called.options["checkpoint"] == Path("c.npz")
+    assert main(["profile", "m.gguf", "a.jsonl", "-o", str(tmp_path / "q.json"), "--no-prediction-layers"]) == 0
+    assert called.options["checkpoint"] == tmp_path / "q.json.resume"
+    assert called.options["prediction_layers"] is False
 
 
 # ---- the commands that need no engine
@@ -390,9 +398,12 @@ def test_a_closed_pipe_is_no_traceback(profile_path: Path) -> None:
 def test_no_bar_and_no_colour_where_nobody_looks(
     profile_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = record(monkeypatch, "evaluate", error=UsageError("stop"))
-    main(["evaluate", "m", "t"])
-    assert called.options["progress"] is None
+    monkeypatch.setattr(show, "LINE_SECONDS", 0.01)
+    with show.progress_bar("profiling") as progress:
+        assert progress is not None
+        progress(Progress(500, 4000, rate=7.0))
+        time.sleep(0.3)
+    assert "profiling: 500 / 4,000 tokens, 7 tokens/s, 0:08:20 left\n" in capsys.readouterr().err
     main(["plan", str(profile_path), "--keep", "4"])
     assert "\x1b" not in "".join(capsys.readouterr())
 
@@ -407,6 +418,44 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         progress(Progress(1500, 4000))
     assert "profiling" in screen.getvalue()
     assert "1,500 / 4,000" in screen.getvalue()
+
+
+def test_the_time_left_is_steady_while_the_total_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(100))
+    monkeypatch.setattr(show.time, "monotonic", lambda: float(next(now)))
+    pace = show._Pace()
+    assert (pace.rate, pace.left_text()) == (None, "-:--:--")
+    assert pace.line("profiling") == "profiling: preparing, for 1 s so far"
+    pace.move(Progress(100, 1000, rate=10.0))  # from the first batch on
+    assert pace.seconds_left == 90 - 1
+    for done in range(200, 1000, 100):  # a slow run whose estimate never stands still
+        pace.move(Progress(done, 1000 + done % 7, rate=10.0))
+        assert pace.seconds_left is not None
+        assert abs(pace.seconds_left - (1000 - done) / 10) <= 2
+    pace = show._Pace()
+    for done in (0, 10, 20):  # work that does not say how fast it is
+        pace.move(Progress(done, 100, "windows"))
+    assert pace.rate == 10
+    pace.move(Progress(1, 100, "windows"))
+    assert pace.rate is None
+
+
+def test_nothing_is_heard_for_minutes_but_the_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(show, "LINE_SECONDS", 0.01)
+    with show.progress_bar("profiling"):
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert set(lines) == {"profiling: preparing, for 0 s so far"}
+    assert threading.active_count() == 1
+    show.be_quiet(True)
+    try:
+        with show.progress_bar("profiling") as progress:
+            assert progress is None
+    finally:
+        show.be_quiet(False)
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,3 +161,13 @@ def test_the_pruned_model_profiles_again(tmp_path: Path) -> None:
         assert model.tensors[f"blk.{N_TRUNK}.ffn_down_exps.weight"].shape[-1] == 4
     again = profile(small, lines(), **EXACT)
     assert again.total_tokens.tolist() == found.total_tokens.tolist()
+
+
+def test_prediction_layers_can_be_left_out(tmp_path: Path) -> None:
+    model = build(tmp_path / "m.gguf", "hidden")
+    lines = [{"tokens": list(range(1, 30))}]
+    whole = profile(model, lines, **EXACT)
+    trunk = profile(model, lines, prediction_layers=False, **EXACT)
+    assert (whole.layers.tolist(), trunk.layers.tolist()) == ([0, 1, 2], [0, 1])
+    assert (trunk.counts == whole.counts[:2]).all()
+    np.testing.assert_allclose(trunk.gated_norm_sum, whole.gated_norm_sum[:2], rtol=1e-6)

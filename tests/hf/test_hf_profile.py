@@ -648,6 +648,44 @@ def test_streaming_holds_one_layer(folder: Path, calibration: Path, monkeypatch:
         np.testing.assert_array_equal(getattr(resumed, field), getattr(profile, field))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_sample_that_fails_is_named_and_the_others_are_counted(stream: bool, tmp_path: Path) -> None:
+    """One rule for both sessions: a token whose embedding is not a number spoils its sample and no other."""
+    import copy
+
+    from helpers import checkpoint_models
+
+    model = copy.deepcopy(built("nemotronh"))
+    bad = next(token for token in range(200) if not any(token in tokens for tokens in samples()))
+    model.get_input_embeddings().weight.data[bad] = float("nan")
+    checkpoint = checkpoint_models.save(model, tmp_path / "hf")
+    given = [*lines()[:2], {"tokens": [1, bad, 2]}, *lines()[2:]]
+    profile = hf.profile(checkpoint, given, ctx_size=128, stream=stream)
+    assert len(profile.calibration["failed_samples"]) == 1
+    assert profile.calibration["failed_samples"][0].startswith("sample 3: ")
+    compare("without it", profile, truth("nemotronh"))
+
+
+def test_a_model_that_breaks_is_no_sample_s_fault(
+    folder: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reap.hf.memory import streaming
+
+    loads: list[int | None] = []
+    load = streaming.LayerStore.load
+
+    def break_down(self: Any, layer: int | None) -> None:
+        loads.append(layer)
+        if layer is not None:
+            raise EngineError("the disk is gone")
+        load(self, layer)
+
+    monkeypatch.setattr(streaming.LayerStore, "load", break_down)
+    with pytest.raises(EngineError, match="the disk is gone"):
+        hf.profile(folder, calibration, ctx_size=128, stream=True)
+    assert loads == [None, 0]
+
+
 def test_streaming_says_what_is_missing(folder: Path, calibration: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

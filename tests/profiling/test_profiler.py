@@ -285,6 +285,56 @@ def test_the_command_line_exits_with_130_and_goes_on(model: Path, tmp_path: Path
     assert not keep.exists()  # the profile holds all of it
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_keeps_its_state_beside_its_output(number: signal.Signals, model: Path, tmp_path: Path) -> None:
+    """With no option at all: stopped, it says where its state is; with --resume it goes on; then the file is gone."""
+    text = write_jsonl(tmp_path / "c.jsonl", samples(20000))
+    out, kept = tmp_path / "out.json", tmp_path / "out.json.resume"
+    command = f"""
+import os, signal, sys, threading
+import reap
+from reap.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background takes away
+profile, batches = reap.profile, iter(range(sys.maxsize))
+def noisy(*arguments, progress, **options):
+    return profile(*arguments, progress=lambda _: next(batches) == 20 and print("begun", flush=True), **options)
+reap.profile = noisy
+words = {["profile", str(model), str(text), "-o", str(out), "-c", "256", "-ub", "64", "-t", "1"]!r}
+sys.exit(main([*words, *sys.argv[1:]]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"which {kept} keeps; --resume" in errors
+    assert json.loads(kept.read_text())["units"] > 0
+    assert not out.exists()
+    again = [sys.executable, "-c", command, "--max-tokens", "1000000000", "--resume"]
+    assert "max_tokens" in subprocess.run(again, capture_output=True, text=True, check=False).stderr
+    write_jsonl(text, samples(20000)[: json.loads(kept.read_text())["units"] + 5])  # a shorter rest
+    assert subprocess.run([*again[:3], "--resume"], capture_output=True, check=False).returncode == 0
+    assert out.exists()
+    assert not kept.exists()
+
+
+def test_options_that_are_lists_can_be_resumed(model: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", samples(6))
+    options = {"checkpoint": tmp_path / "keep", "override_tensors": [("ffn_down_exps", "CPU")], **EXACT}
+    first = profile(model, path, **options)
+    assert_same(profile(model, path, resume=True, **options), first, rtol=0)
+
+
+def test_a_line_that_cannot_be_used_is_found_before_the_model_runs(model: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", samples(6))
+    path.write_text(path.read_text() + "{oops\n")
+    with pytest.raises(CalibrationError, match=r"c\.jsonl:7: is not JSON"):
+        profile(model, path, progress=lambda _: pytest.fail("it ran"), **EXACT)
+
+
 def test_kills_lose_nothing_beyond_the_checkpoint(model: Path, tmp_path: Path) -> None:
     """REAP_KILLS: how many; 10 where nothing is said, 100 in .ci/run."""
     n_kills = int(os.environ.get("REAP_KILLS", "10"))

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from reap.errors import ReapError, ReapWarning
+from reap.profiling.interrupts import endings_as_interrupts
 
 INTERRUPTED = 130
 TRACEBACK_VARIABLE = "REAP_TRACEBACK"
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file name need not be valid text
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), endings_as_interrupts():
             warnings.simplefilter("always", ReapWarning)
             warnings.showwarning = _show_warning
             get_command(app).main(args=None if arguments is None else list(arguments), prog_name="reap")

@@ -86,14 +86,13 @@ def profile(
         measured = hf.profile(
             checkpoint_dir,
             source,
-            checkpoint=kept.checkpoint,
-            resume=kept.resume,
             progress=progress,
+            **kept.arguments(output),
             **text.arguments(),
             **asdict(torch),
         )
     measured.save(output, force=force)
-    kept.forget()  # the profile holds all of it now
+    kept.forget(output)  # the profile holds all of it now
     print_profile(measured, output)
 
 

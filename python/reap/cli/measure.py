@@ -142,17 +142,27 @@ def profile(
     output: Output,
     text: TextOptions,
     kept: ResumeOptions,
+    no_prediction_layers: Annotated[
+        bool, typer.Option("--no-prediction-layers", help="Leave the prediction (MTP) layers out.")
+    ] = False,
     force: Force = False,
     *,
     engine: EngineArguments,
 ) -> None:
     """Measure what each expert contributes on a calibration text."""
     source = calibration_source(calibration)
-    resumed: dict[str, Any] = {"checkpoint": kept.checkpoint, "resume": kept.resume} if kept.is_asked else {}
     with progress_bar("profiling") as progress:
-        measured = reap.profile(model, source, progress=progress, **text.arguments(), **resumed, **engine)
+        measured = reap.profile(
+            model,
+            source,
+            prediction_layers=not no_prediction_layers,
+            progress=progress,
+            **kept.arguments(output),
+            **text.arguments(),
+            **engine,
+        )
     measured.save(output, force=force)
-    kept.forget()  # the profile holds all of it now
+    kept.forget(output)  # the profile holds all of it now
     print_profile(measured, output)
 
 

@@ -160,20 +160,30 @@ class ResumeOptions:
 
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", metavar="FILE", help="Keep what is done in FILE, to go on from."),
+        typer.Option(
+            "--checkpoint",
+            metavar="FILE",
+            help="Keep what is done in FILE; beside the output by default.",
+        ),
         RESUMES,
     ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from --checkpoint.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an interrupted run kept.")] = False
 
-    @property
-    def is_asked(self) -> bool:
-        """Whether either was given."""
-        return self.checkpoint is not None or self.resume
+    def file_of(self, output: Path) -> Path | None:
+        """The file of a run that is to write `output`: the one given, or one beside the output."""
+        from reap.profiling.resume import beside  # which takes numpy along
 
-    def forget(self) -> None:
+        return self.checkpoint or beside(output)
+
+    def arguments(self, output: Path) -> dict[str, Any]:
+        """As `profile` takes them."""
+        return {"checkpoint": self.file_of(output), "resume": self.resume}
+
+    def forget(self, output: Path) -> None:
         """Remove the file, when what it holds is in the output."""
-        if self.checkpoint is not None:
-            self.checkpoint.unlink(missing_ok=True)
+        path = self.file_of(output)
+        if path is not None:
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,8 @@ def rpc_server(
             " trust alone"
         )
     say(f"serving at {host}:{port}; Ctrl-C ends it")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the engine's loop knows no Python
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the engine's loop knows no Python
+        signal.signal(number, signal.SIG_DFL)
     serve_rpc(host, port, threads)
 
 

@@ -12,7 +12,7 @@ from reap.errors import UnsupportedModelError, UsageError
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
 from reap.profiling.arguments import divide, shows
 from reap.profiling.record import make_profile
-from reap.profiling.resume import SECONDS, ResumeFile
+from reap.profiling.resume import SECONDS, ResumeFile, identify
 from reap.profiling.run import SHARED_SEQUENCES, measure
 from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
@@ -75,7 +75,8 @@ def profile(
     layers, prediction = _layers(info, prediction_layers)
     keeper = None
     if checkpoint is not None:
-        identity = _identity(info, layers, engine, source)
+        prints = {"fingerprint": info.fingerprint, "router_fingerprint": info.router_fingerprint}
+        identity = identify({**prints, "n_bytes": info.n_bytes, "layers": layers}, engine.record(), source)
         shape = (len(layers), info.n_experts)
         keeper = ResumeFile(checkpoint, identity, shape=shape, resume=resume, seconds=checkpoint_seconds)
     elif resume:
@@ -113,16 +114,6 @@ def _layers(info: ModelInfo, prediction_layers: bool) -> tuple[list[int], int | 
             " experts (--no-prediction-layers, prediction_layers=False, profiles the others)"
         )
     return [*trunk, prediction[0]], prediction[0]
-
-
-def _identity(info: ModelInfo, layers: list[int], engine: EngineOptions, source: Calibration) -> dict[str, Any]:
-    """What makes two runs the same run, apart from the calibration, which is known as it is consumed."""
-    model = {"fingerprint": info.fingerprint, "router_fingerprint": info.router_fingerprint, "n_bytes": info.n_bytes}
-    return {
-        "model": {**model, "layers": layers},
-        "options": {**engine.record(), **source.options()},
-        "reap": version(),
-    }
 
 
 def _model_record(info: ModelInfo) -> dict[str, Any]:

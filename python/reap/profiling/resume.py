@@ -21,6 +21,8 @@ from reap.files.atomic import write_whole
 from reap.files.strict_json import Node, json_bytes, read_json
 from reap.scores.profile import Profile
 from reap.scores.records import SUMS
+from reap.text.calibration import Calibration
+from reap.version import version
 
 FORMAT = "reap.resume"
 VERSION = 1
@@ -48,6 +50,14 @@ class State:
     """Unit -> "where: why", of the units that the engine failed on."""
     now: str = ""
     """`Calibration.now` of the run, in ISO 8601: what chat templates were told; "" where it is not known."""
+
+
+def identify(model: Mapping[str, Any], options: Mapping[str, Any], source: Calibration) -> dict[str, Any]:
+    """What makes two runs the same run, apart from the calibration, which is known as it is consumed."""
+    texts = source.options()
+    for mended in ("columns", "skip_bad_lines"):  # what a line that could not be read may ask for
+        del texts[mended]
+    return {"model": model, "options": {**options, **texts}, "reap": version()}
 
 
 def beside(output: str | os.PathLike[str]) -> Path | None:

@@ -16,7 +16,7 @@ from reap.hf.memory.loading import LoadArguments, LoadOptions, check_folder, loa
 from reap.hf.memory.tokenizer import HFTokenizer
 from reap.profiling.arguments import divide, shows
 from reap.profiling.record import make_profile
-from reap.profiling.resume import SECONDS, ResumeFile
+from reap.profiling.resume import SECONDS, ResumeFile, identify
 from reap.profiling.run import SHARED_SEQUENCES, measure
 from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
@@ -90,7 +90,8 @@ def profile(
     keeper = None
     if checkpoint is not None:
         shape = (len(subject.layers), subject.layers[0].n_experts)
-        identity = subject.identity(source, load, ctx_size, batch_size)
+        sizes = {"ctx_size": ctx_size, "batch_size": batch_size}
+        identity = identify(subject.identity(), {**load.record(), **sizes}, source)
         keeper = ResumeFile(checkpoint, identity, shape=shape, resume=resume, seconds=checkpoint_seconds)
     session = _open_session(subject, batch_size)
     with _threads(threads), _evaluating(subject.model):
@@ -115,17 +116,12 @@ class _Subject:
         self.config = text_config(getattr(model, "config", None))
         self.tokenizer = HFTokenizer(tokenizer, _vocabulary(model, self.config))
 
-    def identity(self, source: Calibration, options: LoadOptions, ctx_size: int, batch_size: int) -> dict[str, Any]:
-        """What makes two runs the same run, apart from the calibration, which is known as it is consumed."""
-        sizes = {"ctx_size": ctx_size, "batch_size": batch_size}
+    def identity(self) -> dict[str, Any]:
+        """What makes two models the same for a run that goes on."""
         return {
-            "model": {
-                "shapes": self._hash_shapes(),
-                "files": self._hash_files(),
-                "implementation": self._implementation(),
-            },
-            "options": {**options.record(), **source.options(), **sizes},
-            "reap": version(),
+            "shapes": self._hash_shapes(),
+            "files": self._hash_files(),
+            "implementation": self._implementation(),
         }
 
     def record(self, n_experts_used: int) -> dict[str, Any]:
