@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.byte_tokenizer import ByteTokenizer, text_of
 from reap.errors import CalibrationError, UsageError
 from reap.text.calibration import Calibration
+from reap.text.rows import BadLine
 from reap.text.samples import Sample, SampleReader
+from reap.text.shapes import KEYS, parse_sample
 from reap.text.sources import split_domain
 
 
@@ -502,3 +504,64 @@ def test_a_parquet_file_of_one_row_group_takes_little_memory(tmp_path: Path) -> 
     n_characters, peak = memory_of(tmp_path / "d.parquet")
     assert n_characters == 40_000 * 5000
     assert peak < 200
+
+
+# ---- whatever a file holds, it is read or refused in words
+
+rows_of_anything = st.dictionaries(
+    st.sampled_from(sorted(KEYS)), values | st.text(max_size=9) | st.lists(values, max_size=3), max_size=6
+)
+
+
+@given(rows_of_anything)
+def test_any_object_is_a_sample_or_a_bad_line(row: dict[str, Any]) -> None:
+    problem = None
+    try:
+        sample = parse_sample(row, "here", 1)
+    except BadLine as bad:
+        problem = bad
+    if problem is not None:
+        assert str(problem).startswith("here: ")
+        assert problem.reason
+        return
+    contents = [sample.text, sample.pair, sample.messages, sample.tokens]
+    assert sum(content is not None for content in contents) == 1
+    assert sample.shape
+
+
+SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ""]
+TEXTS = [b"", b"[", b'[{"text": "a"},', b'{"text": "a"}\n', b"text,b\n", b"\xff\xfe", b"\xef\xbb\xbf"]
+MAGIC = [
+    b"PAR1",
+    b"ARROW1\0\0",
+    b"\xff\xff\xff\xff\x10\0\0\0",
+    b"\x1f\x8b\x08",
+    b"BZh91AY&SY",
+    b"\xfd7zXZ\0",
+    b"\x28\xb5\x2f\xfd",
+]
+beginnings = st.sampled_from([*TEXTS, *MAGIC, gzip.compress(b"[1")])
+
+
+@given(beginnings, st.binary(max_size=60), st.sampled_from(SUFFIXES), st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_read_or_refused(tmp_path: Path, start: bytes, rest: bytes, suffix: str, skip: bool) -> None:
+    path = write(tmp_path / f"d{suffix}", start + rest)
+    said = str(path)
+    try:
+        samples_of(path, skip_bad_lines=skip)
+    except CalibrationError as error:
+        said = str(error)
+    assert said.startswith(str(path))
+    assert "\n" not in said
+
+
+def test_a_data_frame_is_asked_for_its_rows() -> None:
+    class DataFrame:
+        def itertuples(self) -> None: ...
+
+        def __iter__(self) -> Iterator[str]:
+            yield "text"
+
+    with pytest.raises(UsageError, match=r"calibration is a DataFrame; give its rows: to_dict\('records'\)"):
+        samples_of(DataFrame())

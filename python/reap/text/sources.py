@@ -72,6 +72,8 @@ def _parts(source: Any, domain: str | None) -> Iterator[Part]:
         raise UsageError(
             f"calibration should be a path, a list of paths or dictionaries, found {type(source).__name__}"
         )
+    elif hasattr(source, "itertuples"):  # iterating over one gives the names of its columns
+        raise UsageError(f"calibration is a {type(source).__name__}; give its rows: to_dict('records')")
     else:
         yield Part(None, source, domain)
 
