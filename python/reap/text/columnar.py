@@ -10,7 +10,7 @@ from typing import Any
 from reap.errors import CalibrationError, MissingExtraError
 from reap.text.rows import Row
 
-_ROWS_AT_ONCE = 64
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 64, 4 << 20
 _BUFFER = 1 << 20
 # Columns of structures hold every name that any row has: what a row lacks is null, and was not in the data
 _UNIONS = ("tools", "functions", "tool_calls")
@@ -44,8 +44,9 @@ class ColumnarFile:
         try:
             for batch, share in self._batches(arrow):
                 unread = unread or dict.fromkeys(self.names)
-                for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                    for members in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                step = _rows_at_once(batch.nbytes, batch.num_rows)
+                for start in range(0, batch.num_rows, step):
+                    for members in batch.slice(start, step).to_pylist():
                         number += 1
                         self._share = share
                         yield Row(f"{self.path}: row {number}", number, {**unread, **_without_unions(members)})
@@ -86,9 +87,16 @@ class ColumnarFile:
         with parquet.ParquetFile(self.path, buffer_size=_BUFFER, pre_buffer=False, memory_map=False) as file:
             self.names = file.schema_arrow.names
             total, done = max(file.metadata.num_rows, 1), 0
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=self._columns(), use_threads=False):
+            n_bytes = sum(file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))
+            step = _rows_at_once(n_bytes, total)
+            for batch in file.iter_batches(batch_size=step, columns=self._columns(), use_threads=False):
                 done += batch.num_rows
                 yield batch, done / total
+
+
+def _rows_at_once(n_bytes: int, n_rows: int) -> int:
+    """How many rows of this average size to hold at once."""
+    return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * n_rows // max(n_bytes, 1)))
 
 
 def _pyarrow(path: str) -> Any:
