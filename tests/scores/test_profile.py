@@ -441,6 +441,16 @@ def test_merge_adds_what_was_left_out() -> None:
     assert merged["failed_samples"] == ["a:3: why", "b:2: why", "b:4: why"]
 
 
+def test_merge_adds_what_was_counted_by_name() -> None:
+    records: list[dict[str, Any]] = [
+        {"shapes": {"text": 3, "messages": 1}, "skipped_reasons": {"no text": 1}},
+        {"shapes": {"text": 3, "messages": 1}, "skipped_reasons": {"not JSON": 2}},
+    ]
+    merged = merge([make_profile(seed, calibration=record) for seed, record in enumerate(records)]).calibration
+    assert merged["shapes"] == {"text": 6, "messages": 2}
+    assert merged["skipped_reasons"] == {"not JSON": 2, "no text": 1}
+
+
 def test_merge_of_nothing() -> None:
     with pytest.raises(UsageError, match="at least one"):
         merge([])

@@ -45,7 +45,7 @@ def evaluate(
     text: Annotated[
         list[Path],
         typer.Argument(
-            metavar="TEXT...", help="Held-out text, or JSON Lines with domains; of several files each is a domain."
+            metavar="TEXT...", help="Held-out text, or rows as in a calibration; of several files each is a domain."
         ),
         READS,
     ],

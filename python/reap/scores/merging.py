@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from reap.errors import MismatchError, ReapWarning, UsageError
 from reap.files.paths import PathLike
 from reap.scores.profile import Profile
-from reap.scores.records import COUNTED, SUMS, as_arrays, span
+from reap.scores.records import COUNTED, SUMS, TALLIES, as_arrays, span
 from reap.text.overlap import merge_sketches
 
 
@@ -115,11 +116,22 @@ def _merge_calibrations(records: list[dict[str, Any]]) -> dict[str, Any]:
             merged[key] = [item for value in values for item in value]
         elif key in COUNTED:
             merged[key] = sum(values)
+        elif key in TALLIES:
+            merged[key] = _add_tallies(values)
         elif key == "sketch":
             merged[key] = merge_sketches(values)
         elif len(values) == len(records) and all(value == values[0] for value in values):
             merged[key] = values[0]
     return merged
+
+
+def _add_tallies(tallies: list[Any]) -> dict[str, int]:
+    """Name -> number, over all that are so."""
+    added = Counter[str]()
+    for tally in tallies:
+        if isinstance(tally, dict):
+            added.update({name: count for name, count in tally.items() if type(count) is int})
+    return dict(added.most_common())
 
 
 def _merge_engines(engines: list[dict[str, Any]]) -> dict[str, Any]:

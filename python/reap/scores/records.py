@@ -38,6 +38,8 @@ class Arrays(Sums):
 SUMS = tuple(Sums.__annotations__)
 #: Numbers of things in a file's "calibration": those of merged profiles add.
 COUNTED = ("samples", "tokens", "counted_tokens", "windows", "skipped", "failed")
+#: Objects of name -> number there, which add by name.
+TALLIES = ("shapes", "skipped_reasons", "texts_left_out")
 ARRAYS = ("total_tokens", "counts", *SUMS)
 LAYER_KEY = re.compile(r"0|[1-9][0-9]{0,5}", re.ASCII)
 MOST_TOKENS = 1 << 50  # so that sums of counts fit an int64, and a product with one a double

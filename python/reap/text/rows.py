@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ _BLOCK = 1 << 20
 # how far before the end of what was read an error may lie that more text could still mend: half an escape, a literal
 _TAIL = 16
 _SPACE = " \t\n\r"
+_OBJECT_OVER_LINES = re.compile(rb'\s*\{\s*"([^"\\]{0,60})"\s*:')
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ def parse_json(text: str) -> Any:
 def json_lines(stream: ByteStream) -> Iterator[Row | BadLine]:
     """The objects of JSON Lines; blank lines are none. CalibrationError where the whole file is something else."""
     number = 0
+    head = stream.head(lambda head: head.count(b"\n") > 1)
     while raw := stream.read_line(LINE_LIMIT + 1):
         number += 1
         where = f"{stream.name}:{number}"
@@ -62,7 +65,13 @@ def json_lines(stream: ByteStream) -> Iterator[Row | BadLine]:
                 raw = stream.read_line(LINE_LIMIT)
             yield BadLine(where, number, f"the line is longer than {LINE_LIMIT >> 20} MiB", "line too long")
         elif raw.strip():
-            yield _parse_line(raw, where, number)
+            row = _parse_line(raw, where, number)
+            goes_on = number == 1 and isinstance(row, BadLine) and raw.rstrip().endswith((b"{", b"[", b","))
+            if goes_on and (spread := _OBJECT_OVER_LINES.match(head)):
+                key = shorten(spread[1].decode("utf-8", "replace"))
+                looks = f"looks like one JSON object over several lines, whose first key is {key}"
+                row = BadLine(where, 1, f"{looks}; expected one object a line, or an array of them", "not JSON")
+            yield row
 
 
 def _parse_line(raw: bytes, where: str, number: int) -> Row | BadLine:
@@ -72,10 +81,7 @@ def _parse_line(raw: bytes, where: str, number: int) -> Row | BadLine:
         problem = f"is not UTF-8 text (byte {error.start} of the line is 0x{raw[error.start]:02x})"
         return BadLine(where, number, problem, "not UTF-8 text")
     except ValueError as error:
-        hint = ""
-        if raw.strip() in (b"{", b"[") and number == 1:
-            hint = "; one JSON object over several lines is not read: expected one object a line, or an array of them"
-        return BadLine(where, number, f"{error}{hint}", "not JSON")
+        return BadLine(where, number, str(error), "not JSON")
     if not isinstance(value, dict):
         problem = f"should be an object on one line (JSON Lines), found {kind_of(value)}"
         return BadLine(where, number, problem, "not an object")
