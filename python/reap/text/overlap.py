@@ -72,7 +72,7 @@ class Sketch:
 
     def _take(self, new: Hashes) -> None:
         if len(new):
-            self.hashes = np.union1d(self.hashes, new)[:CAPACITY]
+            self.hashes = _ascending(np.concatenate((self.hashes, new)))[:CAPACITY]
 
 
 def window_hashes(tokens: ArrayLike) -> Hashes:
@@ -91,6 +91,12 @@ def _mix(values: Hashes) -> Hashes:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def _ascending(hashes: Hashes) -> Hashes:
+    """Each once, in order. As numpy.unique, which loads the module of masked arrays for it."""
+    hashes = np.sort(hashes)
+    return hashes[np.concatenate(([True], hashes[1:] != hashes[:-1]))] if len(hashes) else hashes
 
 
 def read_sketch(record: Node) -> Sketch:
