@@ -306,7 +306,7 @@ BENCHMARKS = (
         15,
         "benchmarks/fuzz.py --runs 1000000",
         (Figure("fuzzed inputs without a crash or a hang", r"# inputs in all", "{0}"),),
-        ("python/reap/files", "python/reap/gguf", "python/reap/scores", "python/reap/hf/disk"),
+        ("python/reap/files", "python/reap/gguf", "python/reap/scores", "python/reap/hf/disk", "python/reap/text"),
         quick="benchmarks/fuzz.py --runs 2000",
         needs="atheris",
     ),
