@@ -245,6 +245,25 @@ def test_calibration_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert called.options["prediction_layers"] is False
 
 
+def test_a_profile_that_cannot_be_written_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    kept = tmp_path / "kept"
+
+    def measure(*_: Any, checkpoint: Path, **__: Any) -> Profile:
+        checkpoint.write_text("{}")
+        folder.rmdir()
+        return make_profile()
+
+    monkeypatch.setattr(reap, "profile", measure)
+    arguments = ["profile", "m.gguf", "c.jsonl", "-o", str(folder / "p.json"), "--checkpoint", str(kept)]
+    assert main(arguments) == 1
+    assert f"; {kept} keeps what was measured, and --resume goes on from it" in capsys.readouterr().err
+    assert kept.exists()
+
+
 # ---- the commands that need no engine
 
 

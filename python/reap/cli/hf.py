@@ -91,8 +91,8 @@ def profile(
             **text.arguments(),
             **asdict(torch),
         )
-    measured.save(output, force=force)
-    kept.forget(output)  # the profile holds all of it now
+    with kept.until_written(output):
+        measured.save(output, force=force)
     print_profile(measured, output)
 
 

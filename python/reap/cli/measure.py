@@ -161,8 +161,8 @@ def profile(
             **text.arguments(),
             **engine,
         )
-    measured.save(output, force=force)
-    kept.forget(output)  # the profile holds all of it now
+    with kept.until_written(output):
+        measured.save(output, force=force)
     print_profile(measured, output)
 
 

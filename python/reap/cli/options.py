@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reap.cli import completion
-from reap.errors import UsageError
+from reap.errors import ReapError, UsageError
 from reap.text.shapes import parse_columns
 from reap.text.sources import split_domain
 
@@ -179,9 +180,17 @@ class ResumeOptions:
         """As `profile` takes them."""
         return {"checkpoint": self.file_of(output), "resume": self.resume}
 
-    def forget(self, output: Path) -> None:
-        """Remove the file, when what it holds is in the output."""
+    @contextmanager
+    def until_written(self, output: Path) -> Iterator[None]:
+        """Around the writing of the output: the file goes when what it holds is there, and is named where that
+        fails."""
         path = self.file_of(output)
+        try:
+            yield
+        except ReapError as error:
+            if path is not None and path.exists():
+                error.args = (f"{error}; {path} keeps what was measured, and --resume goes on from it",)
+            raise
         if path is not None:
             path.unlink(missing_ok=True)
 
