@@ -123,6 +123,7 @@ class Calibration:
         self.counted_tokens = 0
         self.n_windows = 0
         self._units = 0
+        self._encoder: Encoder | None = None
         self._skips = Counter[str]()
         self._encoded_tokens = 0
         self._skipped_lines: list[str] = []
@@ -173,7 +174,7 @@ class Calibration:
         response) is skipped and reported in `summary`.
         """
         self._reset()
-        encoder = Encoder(
+        encoder = self._encoder = Encoder(
             tokenizer,
             chat_template=self.chat_template,
             template_source=self.template_source,
@@ -336,7 +337,7 @@ class Calibration:
             "notes": self.notes,
             "ctx_size": self.ctx_size,
             **self.options(),
-            "chat_template_time": self.now.isoformat(),
+            "chat_template_time": self.now.isoformat() if self._encoder and self._encoder.has_rendered else None,
             "texts_left_out": dict(self.texts_left_out),
             "sketch": self._sketch.to_dict(),
         }

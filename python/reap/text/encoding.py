@@ -97,6 +97,11 @@ class Encoder:
         self._template: ChatTemplate | None = None
 
     @property
+    def has_rendered(self) -> bool:
+        """Whether a template wrote any of the text so far."""
+        return self._template is not None
+
+    @property
     def has_template(self) -> bool:
         """Whether there is a chat template, the model's or a file's."""
         return bool(self._template_source or self._tokenizer.chat_template)
