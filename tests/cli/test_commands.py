@@ -80,6 +80,16 @@ def test_experts_in_host_memory(given: list[str], expected: list[Any], monkeypat
     assert list(called.options["override_tensors"]) == expected
 
 
+def test_metadata_overrides(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    called = Called(monkeypatch, "evaluate")
+    given = ["--override-kv", "a.b=int:3,c=str:x, y,d=bool:true", "--override-kv", "e=float:1e-5"]
+    assert main(["evaluate", "m", "t", *given]) == 2
+    expected = (("a.b", "int", "3"), ("c", "str", "x, y"), ("d", "bool", "true"), ("e", "float", "1e-5"))
+    assert called.options["override_kv"] == expected
+    assert main(["evaluate", "m", "t", "--override-kv", "a=3"]) == 2
+    assert "--override-kv should be KEY=TYPE:VALUE" in capsys.readouterr().err
+
+
 def test_a_negative_number_of_layers_in_host_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "m", "t", "-ncmoe", "-1"]) == 2
     assert "--n-cpu-moe is -1" in capsys.readouterr().err

@@ -122,7 +122,7 @@ def test_a_routing_outside_the_experts_is_an_error(model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"type_k": "f17"}, "no cache type 'f17'"),
+        ({"type_k": "f17"}, "type_k is 'f17', expected one of f32, f16"),
         ({"devices": ["CUDA7"]}, "no device 'CUDA7'"),
         ({"override_tensors": [("exps", "Nowhere")]}, "no buffer type 'Nowhere'"),
     ],

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 import reap
-from reap.engine.options import EngineArguments, EngineOptions, engine_fields
+from helpers.gguf_builder import build_moe
+from reap.engine import native
+from reap.engine.options import KV_CACHE_TYPES, EngineArguments, EngineOptions, engine_fields
+from reap.engine.session import open_session
 from reap.errors import UsageError
 
 
@@ -54,6 +57,31 @@ def test_one_item_of_a_list_may_be_given_by_itself() -> None:
     )
 
 
+def test_metadata_as_llama_cpp_writes_it() -> None:
+    pairs = [("general.name", "str", "a=b:c"), ("x.expert_used_count", "int", "4")]
+    options = EngineOptions(override_kv=["general.name=str:a=b:c", ("x.expert_used_count", "int", "4")])
+    assert list(options.override_kv) == pairs
+    assert EngineOptions(override_kv="general.name=str:").override_kv == (("general.name", "str", ""),)
+    assert options.record()["override_kv"] == [list(pair) for pair in pairs]
+    assert EngineOptions(**options.record()) == options
+    empty = EngineOptions(override_kv="general.name=str:")
+    assert EngineOptions(**empty.record()) == empty
+
+
+def test_the_cache_types_are_the_engine_s() -> None:
+    assert list(KV_CACHE_TYPES) == native.load().kv_cache_types()
+
+
+def test_metadata_reaches_the_engine(tmp_path: Path) -> None:
+    model = build_moe(tmp_path / "m.gguf", n_layers=1, n_experts=8, n_used=2)
+    key = f"{reap.inspect(model).architecture}.context_length"
+    plain = open_session(model, EngineOptions(ctx_size=32, threads=1))
+    changed = open_session(model, EngineOptions(ctx_size=32, threads=1, override_kv=f"{key}=int:77"))
+    assert (plain.n_ctx_train == 77, changed.n_ctx_train) == (False, 77)
+    with pytest.raises(UsageError, match=key):
+        open_session(model, EngineOptions(ctx_size=32, threads=1, override_kv=[(key, "int", "many")]))
+
+
 def test_whole_numbers_of_numpy() -> None:
     assert type(EngineOptions(ctx_size=np.int64(64)).ctx_size) is int
 
@@ -66,9 +94,22 @@ WRONG: dict[str, Any] = {
     "gpu_layers": [-(2**31) - 1, 2**31, "all", None],
     "devices": [3, [3], [""], [None], {"CUDA0": 1}, b"CUDA0"],
     "override_tensors": [3, None, ["exps"], "exps", "=CPU", "exps=", [("exps",)], [("exps", 3)], [("", "CPU")]],
+    "override_kv": [
+        3,
+        None,
+        "a",
+        "a=int",
+        "=int:3",
+        "a=long:3",
+        [("a", "int")],
+        [("a", "int", 3)],
+        [3],
+        [("", "int", "3")],
+        [("a", "x", "3")],
+    ],
     "rpc": [3, None, [3]],
-    "type_k": [16, None],
-    "type_v": [16, None],
+    "type_k": [16, None, "i8", "f64", "q8_1", ""],
+    "type_v": [16, None, "i8"],
     "flash_attn": ["maybe", None, True],
 }
 

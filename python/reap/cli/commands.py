@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperCommand
 
 from reap.cli.completion import device_names, values_of
+from reap.cli.given import check_given
 from reap.cli.habits import ENGINE_HABITS, engine_habits, put_model_first
 from reap.cli.options import READS, RESUMES, WRITES, WRITES_FOLDER, PathRole, split_list
 from reap.cli.show import be_quiet
@@ -131,6 +132,8 @@ class Command:
         for parameter in self.parameters:
             if parameter.role is not None:
                 paths[parameter.role] += _paths_in(values.get(parameter.name))
+        reading = [parameter for parameter in self.parameters if parameter.role is READS]
+        check_given([(str(it.info.metavar), path) for it in reading for path in _paths_in(values.get(it.name))])
         for directory in paths[WRITES_FOLDER]:
             check_apart(directory, paths[READS])
         inputs = [file for path in paths[READS] for file in model_paths(path)]  # of a split model all its files
@@ -226,5 +229,5 @@ def _engine_arguments(values: dict[str, Any]) -> EngineArguments:
 
 def _engine_value(field: EngineField, value: Any) -> Any:
     if isinstance(field.option.holds, Listed):
-        value = split_list(value) or field.default
+        value = split_list(value, field.option.holds.separator) or field.default
     return value if value is None else field.option.holds.check(field.flag, value)

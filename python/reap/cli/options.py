@@ -279,6 +279,6 @@ def parse_time(text: str) -> float:
     return seconds
 
 
-def split_list(values: Sequence[str] | None) -> list[str]:
-    """An option given several times, or once with commas."""
-    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+def split_list(values: Sequence[str] | None, separator: str = ",") -> list[str]:
+    """An option given several times, or once with commas (what matches `separator`)."""
+    return [part.strip() for value in values or () for part in re.split(separator, value) if part.strip()]

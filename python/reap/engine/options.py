@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import operator
 import os
+import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -26,6 +27,8 @@ EVALUATION_CTX_SIZE = 512
 
 DEFAULT_UBATCH = 512
 FLASH_ATTENTION = ("auto", "on", "off")
+#: What the engine can keep the cache in: `_core.kv_cache_types()`, here so that it is checked without the engine.
+KV_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 
 # ---- what a field may hold
@@ -75,6 +78,7 @@ class Listed:
 
     form: str
     read: Callable[[str], Any] = str
+    separator: str = ","  # a regular expression: what parts several of them in one text of the command line
 
     def check(self, name: str, value: object) -> tuple[Any, ...]:
         """A tuple of what was read."""
@@ -93,14 +97,16 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Paired(Listed):
-    """The same where an item may be given in its two parts as well."""
+class Tupled(Listed):
+    """The same where an item may be given in its parts as well, which `joined` puts together to such a string."""
+
+    joined: str = "{}={}"
 
     def _item(self, name: str, item: object) -> Any:
         if isinstance(item, Sequence) and not isinstance(item, str):
-            if len(item) == 2 and all(isinstance(part, str) and part for part in item):
-                return tuple(item)
-            raise UsageError(f"{name} should be {self.form}, found {item!r}")
+            if len(item) != self.joined.count("{}") or not all(isinstance(part, str) for part in item):
+                raise UsageError(f"{name} should be {self.form}, found {item!r}")
+            item = self.joined.format(*item)
         return super()._item(name, item)
 
 
@@ -112,12 +118,23 @@ def _split_pair(text: str) -> tuple[str, str]:
     return pattern, buffer
 
 
+_METADATA = re.compile(r"([^=]+)=(int|float|bool|str):(.*)", re.DOTALL)
+
+
+def _split_metadata(text: str) -> tuple[str, str, str]:
+    """KEY=TYPE:VALUE, as llama.cpp writes it."""
+    match = _METADATA.fullmatch(text)
+    if match is None:
+        raise ValueError
+    return match[1], match[2], match[3]
+
+
 @dataclass(frozen=True)
 class Option:
     """What a field may hold, and how it is given on the command line.
 
     short: llama.cpp's short name. help: for the command line. flag: where it is not made of the field's name. metavar:
-    what stands for the value in the help.
+    what stands for the value in the help. setting: its name in the native module, where it is another.
     """
 
     holds: Whole | Word | Listed
@@ -125,6 +142,7 @@ class Option:
     help: str
     flag: str | None = None
     metavar: str | None = None
+    setting: str | None = None
 
 
 # ---- the options themselves
@@ -140,13 +158,21 @@ class EngineArguments(TypedDict, total=False):
     gpu_layers: int
     devices: Sequence[str] | None
     override_tensors: Sequence[str | tuple[str, str]]
+    override_kv: Sequence[str | tuple[str, str, str]]
     rpc: Sequence[str]
     type_k: str
     type_v: str
     flash_attn: str
 
 
-_OVERRIDES = Paired("PATTERN=BUFFER", _split_pair)
+_OVERRIDES = Tupled("PATTERN=BUFFER", _split_pair)
+_METADATA_OVERRIDES = Tupled(
+    "KEY=TYPE:VALUE with int, float, bool or str as the type",
+    _split_metadata,
+    separator=r",(?=[^,=]+=(?:int|float|bool|str):)",
+    joined="{}={}:{}",
+)
+_CACHE = Word(KV_CACHE_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +186,7 @@ class EngineOptions:
     gpu_layers        layers on the device; negative: all
     devices           names as `reap devices` prints them; None: all there are
     override_tensors  (regular expression of tensor names, buffer type), or "PATTERN=BUFFER"
+    override_kv       (key of the model's metadata, type, value), or "KEY=TYPE:VALUE": what the engine takes for it
     rpc               "host:port" of servers
     type_k, type_v    types of the KV cache
     flash_attn        "auto", "on" or "off"
@@ -184,12 +211,22 @@ class EngineOptions:
         Sequence[str | tuple[str, str]],
         Option(_OVERRIDES, "-ot", "Tensors to place elsewhere.", "--override-tensor", "P=D"),
     ] = ()
+    override_kv: Annotated[
+        Sequence[str | tuple[str, str, str]],
+        Option(
+            _METADATA_OVERRIDES,
+            None,
+            "What the engine takes for a key of the model's metadata; TYPE is int, float, bool or str.",
+            metavar="KEY=TYPE:VALUE",
+            setting="kv_overrides",
+        ),
+    ] = ()
     rpc: Annotated[
         Sequence[str],
         Option(Listed("host:port"), None, "Servers that compute for this machine.", metavar="HOST:PORT"),
     ] = ()
-    type_k: Annotated[str, Option(Word(), "-ctk", "Type of the K cache.")] = "f16"
-    type_v: Annotated[str, Option(Word(), "-ctv", "Type of the V cache.")] = "f16"
+    type_k: Annotated[str, Option(_CACHE, "-ctk", "Type of the K cache.")] = "f16"
+    type_v: Annotated[str, Option(_CACHE, "-ctv", "Type of the V cache.")] = "f16"
     flash_attn: Annotated[
         str, Option(Word(FLASH_ATTENTION), "-fa", "Flash attention.", metavar="|".join(FLASH_ATTENTION))
     ] = "auto"
@@ -225,6 +262,11 @@ class EngineField:
     def flag(self) -> str:
         """--its-name."""
         return self.option.flag or "--" + self.name.replace("_", "-")
+
+    @property
+    def setting(self) -> str:
+        """Its name among the native module's `SessionOptions`."""
+        return self.option.setting or self.name
 
 
 def engine_fields() -> tuple[EngineField, ...]:

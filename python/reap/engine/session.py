@@ -42,7 +42,7 @@ def open_session(
     for field in engine_fields():
         value = getattr(options, field.name)
         if value is not None:  # otherwise the engine's own default
-            setattr(settings, field.name, value)
+            setattr(settings, field.setting, value)
     settings.threads = options.threads or usable_cores()
     settings.head_on_host = head_on_host
     settings.prediction_layer = -1 if prediction_layer is None else prediction_layer

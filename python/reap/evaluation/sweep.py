@@ -525,4 +525,6 @@ def _seeds(seeds: int) -> int:
 def _keeps(keep: Keep | Sequence[Keep] | None, profile: Profile) -> list[int]:
     """The numbers that are meant, each once, the largest first."""
     listed = [] if keep is None else list(keep) if isinstance(keep, Sequence | np.ndarray) else [keep]
-    return sorted({resolve_keep(item, profile.n_experts, profile.n_groups) for item in listed}, reverse=True)
+    return sorted(
+        {resolve_keep(item, profile.n_experts, profile.n_groups, profile.model) for item in listed}, reverse=True
+    )

@@ -65,6 +65,25 @@ def what_is(path: PathLike) -> str | None:
         return None
 
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?", re.ASCII)
+_URL = re.compile(r"([a-z][a-z0-9+.-]*):/+(.+)", re.IGNORECASE)
+
+
+def absent_text(path: PathLike) -> str:
+    """What an error says of a path where there is nothing: that it is a URL, or looks like a name on a hub."""
+    name = os.fspath(path)
+    text = name if isinstance(name, str) else os.fsdecode(name)
+    if url := _URL.fullmatch(text):  # a Path has only one slash left
+        return f"no such file; {url[1]}://{url[2]} is a URL: download it, and give the file's path"
+    if _HUB_NAME.fullmatch(text) and not os.path.isdir(os.path.dirname(text)):
+        repository = text.partition(":")[0]
+        return (
+            f"no such file; if this is a name on the Hugging Face hub, download it (hf download {repository}) and give"
+            " the path: a GGUF file, or a checkpoint's directory for convert and hf"
+        )
+    return "no such file"
+
+
 def what_are(head: bytes, n_bytes: int) -> str | None:
     """The same of a file's first bytes, `HEAD_BYTES` of them where it has as many, and its size."""
     if not head:

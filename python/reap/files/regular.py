@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
 from reap.errors import FormatError, UsageError
-from reap.files.recognise import what_is
+from reap.files.recognise import absent_text, what_is
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -85,7 +85,7 @@ def open_regular(path: Path, expected: str) -> int:
         _check_regular(path, os.stat(path).st_mode, expected)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
+        raise UsageError(f"{path}: {absent_text(path)}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be opened: {_reason(error)}") from None
     try:

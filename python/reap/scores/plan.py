@@ -184,7 +184,7 @@ def plan(
     source = Profile.of(profile)
     if blend not in BLENDS:
         raise UsageError(f"unknown blend {blend!r}; known: {', '.join(BLENDS)}")
-    number = resolve_keep(keep, source.n_experts, source.n_groups)
+    number = resolve_keep(keep, source.n_experts, source.n_groups, source.model)
     check_keep(number, source.model)
     entries = list(parse_protect(protect))
     outstanding = super_experts(source) if source.trusted or protect_super_experts else ()

@@ -23,6 +23,7 @@ from typing import Any
 import reap
 from reap.errors import EngineError, MissingExtraError, ReapError, UsageError
 from reap.files.atomic import check_output, written_elsewhere
+from reap.files.recognise import absent_text
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 SOURCE_VARIABLE = "REAP_LLAMA_CPP_SOURCE"
@@ -120,7 +121,8 @@ def _check_call(source: Path, outtype: str, pre: str | None) -> None:
     if pre is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", pre):
         raise UsageError(f"pre is {pre!r} where the name of a pre-tokenizer was expected, such as 'qwen2'")
     if not source.is_dir():
-        raise UsageError(f"{source}: no directory, where a Hugging Face checkpoint was expected")
+        found = absent_text(source) if not source.exists() else "no directory"
+        raise UsageError(f"{source}: {found}, where a Hugging Face checkpoint was expected")
     if not (source / "config.json").is_file():
         raise UsageError(f"{source}: no Hugging Face checkpoint, it has no config.json")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import FormatError, UsageError
-from reap.files.recognise import what_is
+from reap.files.recognise import absent_text, what_is
 from reap.files.strict_json import Bounds, Node, parse_json, shorten
 
 CONFIG = "config.json"
@@ -43,6 +43,8 @@ def check_folder(directory: Path) -> None:
     followed."""
     if not directory.is_dir():
         found = what_is(directory)
+        if found is None and not directory.exists():
+            raise UsageError(f"{directory}: {absent_text(directory)}; a Hugging Face checkpoint was expected")
         raise UsageError(
             f"{directory}: {f'is {found}' if found else 'no directory'}, where a Hugging Face checkpoint was expected"
         )
