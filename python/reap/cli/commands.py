@@ -127,18 +127,19 @@ class Command:
         )(callback)
 
     def check_paths(self, values: Mapping[str, Any]) -> None:
-        """UsageError, before the work begins, where an output is another output or an input, or needs --force."""
+        """UsageError, before the work begins, for paths that cannot be right: an output that is another output or an
+        input, or needs --force; an input of the kind that another place wants."""
         paths: dict[PathRole | None, list[Path]] = {role: [] for role in PathRole}
         for parameter in self.parameters:
             if parameter.role is not None:
                 paths[parameter.role] += _paths_in(values.get(parameter.name))
-        reading = [parameter for parameter in self.parameters if parameter.role is READS]
-        check_given([(str(it.info.metavar), path) for it in reading for path in _paths_in(values.get(it.name))])
         for directory in paths[WRITES_FOLDER]:
             check_apart(directory, paths[READS])
         inputs = [file for path in paths[READS] for file in model_paths(path)]  # of a split model all its files
         check_distinct([*paths[WRITES], *paths[WRITES_FOLDER], *paths[RESUMES]], inputs)
         check_outputs(paths[WRITES], force=bool(values.get("force")))
+        reading = [parameter for parameter in self.parameters if parameter.role is READS]
+        check_given([(str(it.info.metavar), path) for it in reading for path in _paths_in(values.get(it.name))])
 
 
 class _ModelFirst(TyperCommand):
