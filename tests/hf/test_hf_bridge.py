@@ -242,7 +242,7 @@ def test_a_plan_of_the_checkpoint_prunes_the_file(pairs: Callable[[str], Pair], 
     assert any("made of a Hugging Face checkpoint" in warning for warning in report.warnings)
     assert hf.compare_with_gguf(tmp_path / "small", tmp_path / "small.gguf").router_difference == 0
     for key, value in (("n_embd", 128), ("n_experts_used", 2), ("n_groups_used", 4)):
-        with pytest.raises(MismatchError, match=f"{key} is {value}, but in .* it is"):
+        with pytest.raises(MismatchError, match=f"{key} is {value} in the plan and .* in"):
             reap.prune(
                 pair.gguf, tmp_path / "no.gguf", PrunePlan({**model, key: value}, "reap", plan.keep, plan.layers)
             )

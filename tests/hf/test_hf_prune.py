@@ -409,7 +409,7 @@ def test_a_plan_fits_every_quantisation_and_no_other_model(tmp_path: Path) -> No
     build(tmp_path / "in", qwen(), config())
     prune(tmp_path / "in", tmp_path / "out", plan_of())
     fingerprint = json.loads((tmp_path / "out" / "reap.json").read_text())["source"]["fingerprint"]
-    build(tmp_path / "fp8", qwen(dtype="F8_E4M3"), config(model_type="other", torch_dtype="float8"))
+    build(tmp_path / "fp8", qwen(dtype="F8_E4M3"), config(torch_dtype="float8"))
     prune(tmp_path / "fp8", tmp_path / "fp8-out", plan_of(fingerprint=fingerprint))
     build(tmp_path / "wide", qwen(), config(hidden_size=2 * N_EMBD))
     with pytest.raises(MismatchError, match="fingerprint"):

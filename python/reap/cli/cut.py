@@ -16,6 +16,7 @@ from reap.cli.options import (
     METRIC,
     READS,
     WRITES,
+    AllowMismatch,
     DryRun,
     Force,
     Json,
@@ -107,6 +108,7 @@ def plan(
         typer.Option("--model", "-m", metavar="MODEL", help="A GGUF file: for its exact size, and for --refine."),
         READS,
     ] = None,
+    allow_mismatch: AllowMismatch = False,
     force: Force = False,
     json: Json = False,
     *,
@@ -119,10 +121,12 @@ def plan(
     """
     search.check(model)
     measured = reap.Profile.load(profile)
-    made = _made_plan(measured, selection, search, model, output, engine)
+    made = _made_plan(measured, selection, search, model, output, allow_mismatch, engine)
     from reap.pruning.gguf import size_after
 
-    sizes = None if model is None else (reap.inspect(model).n_bytes, size_after(model, made))
+    sizes = None
+    if model is not None:
+        sizes = reap.inspect(model).n_bytes, size_after(model, made, allow_mismatch=allow_mismatch)
     if output is not None and search.refine is None:
         made.save(output, force=force)
     if json:
@@ -139,6 +143,7 @@ def _made_plan(
     search: Refinement,
     model: Path | None,
     output: Path | None,
+    allow_mismatch: bool,
     engine: EngineArguments,
 ) -> PrunePlan:
     metric, chosen = parse_metric(selection.metric), selection.arguments()
@@ -155,6 +160,7 @@ def _made_plan(
             metric=metric,
             blend=selection.blend,
             output=output,
+            allow_mismatch=allow_mismatch,
             progress=progress,
             **more,
         )
@@ -254,6 +260,7 @@ def prune(
         str | None,
         typer.Option("--split-max-size", metavar="N[K|M|G|T]", help="Most bytes of one file: OUT-00001-of-0000N.gguf."),
     ] = None,
+    allow_mismatch: AllowMismatch = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -277,6 +284,7 @@ def prune(
             split_max_size=split_max_size,
             imatrix=matrix.imatrix,
             imatrix_output=matrix.imatrix_out,
+            allow_mismatch=allow_mismatch,
             progress=progress,
         )
     if json:

@@ -16,6 +16,7 @@ from reap.cli.options import (
     KEEP_FORM,
     READS,
     WRITES,
+    AllowMismatch,
     Force,
     Json,
     Model,
@@ -62,6 +63,7 @@ def evaluate(
     loops: Annotated[
         bool, typer.Option("--loops", help="Let the model continue a few prompts, and look for repetition.")
     ] = False,
+    allow_mismatch: AllowMismatch = False,
     json: Json = False,
     *,
     engine: EngineArguments,
@@ -74,6 +76,7 @@ def evaluate(
             reference=reference,
             plan=plan,
             loops=loops,
+            allow_mismatch=allow_mismatch,
             progress=progress,
             **engine,
         )
@@ -212,6 +215,7 @@ def sweep(
         typer.Option("--output", "-o", help="File to write; holds the rows so far while it runs."),
         WRITES,
     ] = None,
+    allow_mismatch: AllowMismatch = False,
     force: Force = False,
     json: Json = False,
     *,
@@ -219,7 +223,16 @@ def sweep(
 ) -> None:
     """Judge many sizes and criteria on held-out text, without writing a model; the weights are loaded once."""
     with progress_bar("sweeping") as progress:
-        table = reap.sweep(model, profile, text, output=output, progress=progress, **candidates.arguments(), **engine)
+        table = reap.sweep(
+            model,
+            profile,
+            text,
+            output=output,
+            allow_mismatch=allow_mismatch,
+            progress=progress,
+            **candidates.arguments(),
+            **engine,
+        )
     if json:
         return print_json(table.to_dict())
     print_sweep(table)

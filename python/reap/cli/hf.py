@@ -16,6 +16,7 @@ from reap.cli.measure import print_profile
 from reap.cli.options import (
     READS,
     WRITES_FOLDER,
+    AllowMismatch,
     CalibrationPaths,
     DryRun,
     Force,
@@ -109,6 +110,7 @@ def prune(
     drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave the prediction (MTP) layers out.")] = False,
     dry_run: DryRun = False,
     verify: Verify = "fast",
+    allow_mismatch: AllowMismatch = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -125,6 +127,7 @@ def prune(
             dry_run=dry_run,
             verify=verify,  # type: ignore[arg-type]  # any other word is refused there
             drop_prediction=drop_mtp,
+            allow_mismatch=allow_mismatch,
             progress=progress,
         )
     if json:

@@ -13,6 +13,7 @@ from reap.cli.options import (
     KEEP_FORM,
     READS,
     WRITES,
+    AllowMismatch,
     CalibrationPaths,
     Force,
     Json,
@@ -202,10 +203,11 @@ def print_profile(measured: Profile, output: Path) -> None:
 def merge(
     profiles: Annotated[list[Path], typer.Argument(metavar="A.json B.json...", help="Profiles of one model."), READS],
     output: Output,
+    allow_mismatch: AllowMismatch = False,
     force: Force = False,
 ) -> None:
     """Add profiles of one model up, exactly."""
-    merged = reap.merge(profiles)
+    merged = reap.merge(profiles, allow_mismatch=allow_mismatch)
     merged.save(output, force=force)
     print_profile(merged, output)
 
@@ -222,11 +224,13 @@ def compare(
     html: Annotated[
         Path | None, typer.Option("--html", "-o", metavar="FILE", help="Write a page of it as well."), WRITES
     ] = None,
+    allow_mismatch: AllowMismatch = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Say how far two profiles agree: rank correlation, and overlap of the experts they would keep."""
     chosen: dict[str, Any] = {"keep": parse_keep(keep), "metric": parse_metric(metric), "seed": seed}
+    chosen["allow_mismatch"] = allow_mismatch
     result = reap.compare(a, b, **chosen)
     if html is not None:
         reap.comparison_report(a, b, html, force=force, **chosen)

@@ -53,6 +53,13 @@ CalibrationPaths = Annotated[
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write."), WRITES]
 OptionalOutput = Annotated[Path | None, typer.Option("--output", "-o", help="File to write."), WRITES]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+AllowMismatch = Annotated[
+    bool,
+    typer.Option(
+        "--allow-mismatch",
+        help="Go on where the profile or plan is of another model; what is written says so. --force is about outputs.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say the exact size; write nothing.")]
 Verify = Annotated[

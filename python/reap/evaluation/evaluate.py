@@ -31,6 +31,7 @@ def evaluate(
     reference: str | os.PathLike[str] | None = None,
     plan: PrunePlan | str | os.PathLike[str] | None = None,
     loops: bool = False,
+    allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
     **engine: Unpack[EngineArguments],
 ) -> Evaluation:
@@ -45,6 +46,8 @@ def evaluate(
                probable token, and tokens whose probability fell by half are of this one
     plan       a PrunePlan or the path of one: its experts are removed virtually, no file is written. Without
                `reference` the model as it is is the reference, and its weights are loaded once
+    allow_mismatch  go on with a plan that was made of another model, where layers and experts are as many; the warnings
+               say what differs
     loops      continue a few prompts from the text as well, and say how much of that is repetition
     engine     options of the engine: `reap.engine.options.EngineOptions`
 
@@ -59,7 +62,7 @@ def evaluate(
     the_plan = None if plan is None else PrunePlan.of(plan)
     info = inspect(model)  # before a reference is run for nothing
     if the_plan is not None:
-        check_plan(info, the_plan)
+        check_plan(info, the_plan, allow_mismatch=allow_mismatch)
     has_other = reference is not None and not (
         the_plan is not None and os.path.realpath(reference) == os.path.realpath(model)
     )
@@ -72,7 +75,9 @@ def evaluate(
     expected, before = (
         examine(PlanEvaluator(reference, text, options)) if has_other and reference is not None else (None, None)
     )
-    judge = PlanEvaluator(model, text, options)  # the reference's weights are gone by now
+    judge = PlanEvaluator(
+        model, text, options, allow_mismatch=allow_mismatch
+    )  # the reference's weights are gone by now
     if the_plan is not None and expected is None:
         expected, before = examine(judge)
     result = judge.score(the_plan, reference=expected, progress=steps.next())

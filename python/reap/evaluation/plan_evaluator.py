@@ -57,6 +57,7 @@ class PlanEvaluator:
     text             `read_evaluation_text`: a text file, JSON Lines, or several files, each a domain
     options          of the engine; ctx_size is the length of a window (None: windows of 512 tokens)
     max_windows      of each domain, at most so many windows
+    allow_mismatch   try plans of other models as well, where layers and experts are as many
     reference_bytes  memory for what the reference predicted: its log-probabilities of the whole vocabulary at every
                      position where they fit, otherwise those of as many of the most probable tokens as do
 
@@ -71,6 +72,7 @@ class PlanEvaluator:
         *,
         max_windows: int | None = None,
         reference_bytes: int = REFERENCE_BYTES,
+        allow_mismatch: bool = False,
     ) -> None:
         options = options if options is not None else EngineOptions(ctx_size=EVALUATION_CTX_SIZE)
         if max_windows is not None and max_windows < 1:
@@ -81,6 +83,7 @@ class PlanEvaluator:
         self.info: ModelInfo = inspect(model)  # what can be checked is checked before the engine sees the file
         text_files(text)
         self._reference_bytes = reference_bytes
+        self._allow_mismatch = allow_mismatch
         self._session = open_session(model, options, n_bytes=self.info.n_bytes)
         self.text: EvaluationText = read_evaluation_text(
             text, SessionTokenizer(self._session), options.ctx_size, max_windows
@@ -165,7 +168,7 @@ class PlanEvaluator:
         """
         started = time.perf_counter()
         if plan is not None and reference is None:
-            check_plan(self.info, plan)
+            check_plan(self.info, plan, allow_mismatch=self._allow_mismatch)
             steps = Steps(progress, 1 if self._reference else 2)
             reference = self._reference or self.reference(steps.next())
         else:
@@ -219,7 +222,7 @@ class PlanEvaluator:
         if plan is None:
             self._session.set_kept(None)
             return
-        check_plan(self.info, plan)
+        check_plan(self.info, plan, allow_mismatch=self._allow_mismatch)
         self._set_kept(plan.layers)
 
     def _set_kept(self, layers: Mapping[int, Sequence[int]]) -> None:

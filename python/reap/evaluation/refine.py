@@ -335,6 +335,7 @@ def refine(
     protect_super_experts: bool = False,
     seed: int = 0,
     output: str | os.PathLike[str] | None = None,
+    allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
     **engine: Unpack[EngineArguments],
 ) -> PrunePlan:
@@ -350,6 +351,8 @@ def refine(
     keep, protect, protect_super_experts  as in `plan`
     blend     as in `plan`; None: each criterion begins with both, where the calibration has domains
     seed      which windows of the text choose and which judge, in turn
+    allow_mismatch  go on with a profile of another model, where layers and experts are as many; the plan's
+              model["mismatch"] says what differs
     output    a file for the plan; on Ctrl-C it gets the best choice so far
     engine    options of the engine: `reap.engine.options.EngineOptions`
 
@@ -370,8 +373,10 @@ def refine(
     choose = partial(plan, source, keep=keep, protect=protected, protect_super_experts=protect_super_experts, seed=seed)
     plans = _beginnings(choose, names, blends)
     first = next(iter(plans.values()))
-    check_plan(inspect(model), first)
-    judge = PlanEvaluator(model, text, options)
+    if mismatch := check_plan(inspect(model), first, allow_mismatch=allow_mismatch):
+        warnings.warn(mismatch, ReapWarning, stacklevel=2)
+        plans = {name: replace(made, model=made.model | {"mismatch": mismatch}) for name, made in plans.items()}
+    judge = PlanEvaluator(model, text, options, allow_mismatch=allow_mismatch)
     all_windows = len(judge.text.windows)
     if max_passes is None:
         judge.thin_text(_affordable(judge, seconds - (time.monotonic() - started)))

@@ -24,6 +24,7 @@ from reap.evaluation.quality_metrics import measure, perplexity_of
 from reap.evaluation.sweep_table import BASELINE, CLEAR, Sweep, SweepRow, Target, Verdict
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.progress import Progress, ProgressCallback
+from reap.pruning.compatibility import plan_warnings
 from reap.pruning.gguf import parse_size, size_after
 from reap.scores.plan import Protect, PrunePlan, plan
 from reap.scores.profile import METRICS, Profile
@@ -446,6 +447,7 @@ def sweep(
     blend: str = "sum",
     protect_super_experts: bool = False,
     output: str | os.PathLike[str] | None = None,
+    allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
     **engine: Unpack[EngineArguments],
 ) -> Sweep:
@@ -460,6 +462,8 @@ def sweep(
                       found by bisection, which takes it for rising with each expert that goes; what is returned was
                       measured
     protect, blend, protect_super_experts  as in `plan`, for every candidate
+    allow_mismatch    go on with a profile or plans of another model, where layers and experts are as many; the warnings
+                      say what differs
     output            a file that holds the rows so far after each candidate, whole or not at all
     progress          called with scored tokens, of those of all candidates
     engine            options of the engine: `reap.engine.options.EngineOptions`
@@ -476,17 +480,19 @@ def sweep(
         keep = KEEPS
     protected = [protect] if isinstance(protect, str) else list(protect)
     choose = partial(plan, protect=protected, blend=blend, protect_super_experts=protect_super_experts)
-    choices = Choices(
-        source, _metrics(metric), _seeds(seeds), allowed_keeps(inspect(model)), choose, partial(size_after, model)
-    )
+    info, measure_size = inspect(model), partial(size_after, model, allow_mismatch=allow_mismatch)
+    choices = Choices(source, _metrics(metric), _seeds(seeds), allowed_keeps(info), choose, measure_size)
     candidates = choices.grid(_keeps(keep, source))
     candidates += choices.given(PrunePlan.of(item) for item in plans)
     within = {} if max_bytes is None else choices.largest_within(max_bytes)
-    judge = EnginePlanEvaluator(PlanEvaluator(model, text, options), progress)
+    judge = EnginePlanEvaluator(PlanEvaluator(model, text, options, allow_mismatch=allow_mismatch), progress)
     n_bisected = 0 if increase is None else len(choices.metrics) * len(choices.keeps).bit_length()
     judge.expect(1 + len(candidates) + sum(map(len, within.values())) + n_bisected)
     run = Sweeping(choices, Table(judge))
     keeper = ResultWriter(run, judge, options, output)
+    tried = [*candidates, *(item for found in within.values() for item in found)]
+    tried = tried or [choices.candidate(choices.metrics[0], choices.keeps[-1])]
+    keeper.warnings += dict.fromkeys(warning for item in tried for warning in plan_warnings(info, item.plan))
     for warning in keeper.warnings:
         warnings.warn(warning, ReapWarning, stacklevel=2)
     with keeper.keeping():

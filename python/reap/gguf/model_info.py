@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reap.errors import FormatError, UnsupportedModelError
+from reap.files.paths import PathLike
 from reap.gguf.experts import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count, read_layout, read_text
+from reap.gguf.fingerprint import fingerprint_of, first_fingerprint, hash_tensors, identity_parts
 from reap.gguf.reader import GGUFModel, TensorInfo
 
-# of a router that is larger, so many blocks, spread evenly, stand for the whole: the routers of a large model are half
-# a gigabyte
-_HASH_WHOLE_BYTES = 64 << 10
-_HASH_BLOCK_BYTES = 4 << 10
+if TYPE_CHECKING:
+    from reap.gguf.router_sketch import RouterSketch
+
 PROVENANCE_PREFIX = "reap."
 _MAX_PROVENANCE_BYTES = 4 << 20
 #: Far above llama.cpp's 512, so that a forged count costs no memory.
 MAX_LAYERS = 65_536
-# what quantising may add to a file: one scale for a tensor or an expert (NVFP4). A quantisation is the same model
-_SCALES = (".scale", ".input_scale")
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,9 @@ class ModelInfo:
     how many of them a token may use. n_embd: width of the hidden states, 0 where the header does not say. tensor_types:
     ggml type name -> number of tensors. n_bytes: of the file or all shards. expert_bytes: of all experts' tensors,
     routers not included; other_bytes: all else. bytes_per_expert: what removing one expert from every MoE layer saves,
-    router rows included. fingerprint: equal for two quantisations of one model. router_fingerprint: of the routers'
-    bytes (of each that is larger than 64 KiB, of 16 blocks of it). provenance: the reap.* keys of a pruned file.
+    router rows included. identity: what makes it this model, part by part (`reap.gguf.fingerprint`); equal for two
+    quantisations of one model. fingerprint: one hash of these. router_fingerprint: of the routers' bytes (of each that
+    is larger than 64 KiB, of 16 blocks of it). provenance: the reap.* keys of a pruned file.
     refusals: why the model cannot be pruned, empty if it can.
     """
 
@@ -66,6 +66,7 @@ class ModelInfo:
     bytes_per_expert: int
     has_tokenizer: bool
     has_chat_template: bool
+    identity: Mapping[str, str]
     fingerprint: str
     router_fingerprint: str
     provenance: dict[str, Any] | None
@@ -76,18 +77,80 @@ class ModelInfo:
         """Whether it has layers with experts."""
         return bool(self.moe_layers)
 
+    @cached_property
+    def routers(self) -> RouterSketch:
+        """A sketch of the routers' numbers (`reap.gguf.router_sketch`), read from the file when it is asked for."""
+        return sketch_routers(self.path)
+
+    @cached_property
+    def older_fingerprints(self) -> tuple[str, ...]:
+        """What older releases of reap gave as its fingerprint; read from the file when asked for."""
+        with GGUFModel.open(self.path) as model:
+            layout = read_layout(model)
+            return (first_fingerprint(model, layout, self.n_layers, self.n_experts_used_per_layer),)
+
+    def record(self) -> dict[str, Any]:
+        """What a profile says of it under "model"."""
+        from reap.gguf.router_sketch import to_record
+
+        return {
+            "name": self.name or self.path.stem,
+            "architecture": self.architecture,
+            "fingerprint": self.fingerprint,
+            "router_fingerprint": self.router_fingerprint,
+            "n_layers": self.n_layers,
+            "n_embd": self.n_embd,
+            "n_experts": self.n_experts,
+            "n_experts_used": self.n_experts_used,
+            "n_groups": self.n_groups,
+            "n_groups_used": self.n_groups_used,
+            "identity": dict(self.identity),
+            "routers": to_record(self.routers),
+        }
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types."""
+        """Everything as JSON types, except the sketch of the routers."""
         return {**asdict(self), "path": str(self.path), "is_moe": self.is_moe}
 
 
-def inspect(path: str | os.PathLike[str]) -> ModelInfo:
+def inspect(path: PathLike) -> ModelInfo:
     """Describe a model from its header (and its routers' bytes).
 
     Raises UsageError if `path` is not a readable file, FormatError if it is not a sound GGUF model.
     """
     with GGUFModel.open(path) as model:
         return describe(model)
+
+
+def sketch_routers(path: PathLike) -> RouterSketch:
+    """The sketch of a file's routers; kept for as long as the file stays the same."""
+    with GGUFModel.open(path) as model:
+        stamps = [os.stat(file.path) for file in model.files]
+    return _sketch_routers(os.fspath(path), tuple((stamp.st_ino, stamp.st_size, stamp.st_mtime_ns) for stamp in stamps))
+
+
+@lru_cache(maxsize=4)
+def _sketch_routers(path: str, _stamps: object) -> RouterSketch:
+    from reap.gguf.router_sketch import Router, sketch_router
+
+    with GGUFModel.open(path) as model:
+        tensors = {
+            layer: next(tensor for tensor in tensors if tensor.name.endswith(".ffn_gate_inp.weight"))
+            for layer, tensors in read_layout(model).layers.items()
+        }
+        return {
+            layer: sketch_router(Router(tensor.type_name, tensor.shape[1], tensor.shape[0], _reader(model, tensor)))
+            for layer, tensor in tensors.items()
+        }
+
+
+def _reader(model: GGUFModel, tensor: TensorInfo) -> Callable[[int, int], bytes]:
+    row_bytes = tensor.n_bytes // tensor.shape[1]
+
+    def read(first: int, n_rows: int) -> bytes:
+        return model.files[tensor.shard].read_range(tensor.offset_bytes + first * row_bytes, n_rows * row_bytes)
+
+    return read
 
 
 class _Described(Protocol):
@@ -122,6 +185,7 @@ def describe(model: GGUFModel) -> ModelInfo:
     cut_bytes = sum(tensor.n_bytes for tensors in layout.layers.values() for tensor in tensors)
     expert_bytes = sum(tensor.n_bytes for tensor in layout.experts)
     is_moe = bool(layout.layers)
+    identity = identity_parts(model, layout, n_layers, used, (n_groups, n_groups_used))
     return ModelInfo(
         path=model.path,
         name=read_text(model, "general.name"),
@@ -147,8 +211,9 @@ def describe(model: GGUFModel) -> ModelInfo:
         bytes_per_expert=cut_bytes // layout.n_experts if is_moe else 0,
         has_tokenizer=read_text(model, "tokenizer.ggml.model") not in (None, "none"),
         has_chat_template="tokenizer.chat_template" in model.metadata,
-        fingerprint=_fingerprint(model, layout, n_layers, used),
-        router_fingerprint=_hash_tensors(model, layout.routers),
+        identity=identity,
+        fingerprint=fingerprint_of(identity),
+        router_fingerprint=hash_tensors(model, layout.routers),
         provenance=_provenance(model),
         refusals=layout.refusals,
     )
@@ -197,39 +262,6 @@ def _vocab_size(model: GGUFModel, architecture: str) -> int:
     if embedding is not None and len(embedding.shape) == 2:
         return embedding.shape[1]
     return read_count(model, f"{architecture}.vocab_size")
-
-
-def _fingerprint(model: GGUFModel, layout: ExpertLayout, n_layers: int, used: tuple[int, ...]) -> str:
-    """SHA-256 over what two quantisations of one model share; types and general.* do not enter, order does not
-    matter."""
-    digest = hashlib.sha256(b"reap.fingerprint.1\n")
-    counts = (layout.architecture, n_layers, layout.n_experts, used)
-    digest.update(repr(counts).encode())
-    for tensor in sorted(model.tensors.values(), key=lambda tensor: tensor.name):
-        if not tensor.name.endswith(_SCALES):
-            digest.update(repr((tensor.name, tensor.shape)).encode())
-    for key in sorted(model.metadata):
-        # the chat template is left out: it gets corrected in files whose weights and token ids stay the same
-        if key.startswith("tokenizer.ggml."):
-            value = model.metadata[key]
-            digest.update(repr((key, value.type, len(value.raw))).encode())
-            digest.update(value.raw)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _hash_tensors(model: GGUFModel, tensors: tuple[TensorInfo, ...]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        file = model.files[tensor.shard]
-        if tensor.n_bytes <= _HASH_WHOLE_BYTES:
-            digest.update(file.read_range(tensor.offset_bytes, tensor.n_bytes))
-            continue
-        n_blocks = _HASH_WHOLE_BYTES // _HASH_BLOCK_BYTES
-        digest.update(repr((tensor.type, tensor.n_bytes)).encode())
-        for index in range(n_blocks):
-            start = (tensor.n_bytes - _HASH_BLOCK_BYTES) * index // (n_blocks - 1)
-            digest.update(file.read_range(tensor.offset_bytes + start, _HASH_BLOCK_BYTES))
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _provenance(model: GGUFModel) -> dict[str, Any] | None:

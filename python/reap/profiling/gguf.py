@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reap.engine import native
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
@@ -96,7 +96,7 @@ def profile(
         raise UnsupportedModelError(f"{info.path}: {info.architecture} cannot be profiled: {error}") from error
     result = measure(session, SessionTokenizer(session), source, keeper, progress)
     ran_by = {"reap": version(), "llama_cpp": native.load().__llama_cpp_commit__, "options": engine.record()}
-    return make_profile(result, source, layers=layers, model=_model_record(info), engine=ran_by)
+    return make_profile(result, source, layers=layers, model=info.record(), engine=ran_by)
 
 
 def _layers(info: ModelInfo, prediction_layers: bool) -> tuple[list[int], int | None]:
@@ -114,18 +114,3 @@ def _layers(info: ModelInfo, prediction_layers: bool) -> tuple[list[int], int | 
             " experts (--no-prediction-layers, prediction_layers=False, profiles the others)"
         )
     return [*trunk, prediction[0]], prediction[0]
-
-
-def _model_record(info: ModelInfo) -> dict[str, Any]:
-    return {
-        "name": info.name or info.path.stem,
-        "architecture": info.architecture,
-        "fingerprint": info.fingerprint,
-        "router_fingerprint": info.router_fingerprint,
-        "n_layers": info.n_layers,
-        "n_embd": info.n_embd,
-        "n_experts": info.n_experts,
-        "n_experts_used": info.n_experts_used,
-        "n_groups": info.n_groups,
-        "n_groups_used": info.n_groups_used,
-    }

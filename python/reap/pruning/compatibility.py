@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from reap.errors import MismatchError, UnsupportedModelError, UsageError
-from reap.gguf.model_info import ModelInfo, require_moe
+from reap.gguf.model_info import require_moe
+from reap.scores.identity import Verdict, compare_records, crosses_over, form_of, require_same
 from reap.scores.plan import PrunePlan
 from reap.scores.ranking import check_keep, resolve_keep
 
@@ -44,27 +45,32 @@ class Prunable(Protocol):
     def n_embd(self) -> int: ...
     @property
     def refusals(self) -> tuple[str, ...]: ...
+    @property
+    def older_fingerprints(self) -> tuple[str, ...]: ...
+    def record(self) -> dict[str, Any]: ...
 
 
-def check_plan(info: Prunable, plan: PrunePlan) -> None:
+def check_plan(info: Prunable, plan: PrunePlan, *, allow_mismatch: bool = False) -> str | None:
     """Raise unless `plan` can be carried out on the model that `info` describes.
 
-    A plan made of the same model in the other form (GGUF file, Hugging Face checkpoint) has a fingerprint of another
-    kind, which says nothing here; then layers, experts, groups and widths are compared.
+    What both say of their model is compared (`reap.scores.identity`): the parts of its identity, and the routers'
+    numbers. A plan made of the same model in the other form (GGUF file, Hugging Face checkpoint) has other parts; then
+    experts, groups and widths are compared.
 
-    MismatchError where it was made for another model, UnsupportedModelError for a model that cannot be pruned,
-    UsageError for a choice of experts that llama.cpp or the router could not live with.
+    Returns:
+        What makes it the plan of another model, where `allow_mismatch` lets that pass; else None.
+
+    Raises:
+        MismatchError: it was made for another model, or has other layers or numbers of experts, which nothing allows.
+        UnsupportedModelError: a model that cannot be pruned.
+        UsageError: a choice of experts that llama.cpp or the router could not live with.
     """
     require_moe(info)
     if info.refusals:
         raise UnsupportedModelError(info.refusals[0])
-    if crosses_over(info, plan):
-        _check_structure(info, plan)
-    elif plan.fingerprint is not None and plan.fingerprint != info.fingerprint:
-        raise MismatchError(
-            f"the plan is of a model with fingerprint {plan.fingerprint}"
-            f" ({plan.model.get('name') or 'unnamed'}), but {info.path} has {info.fingerprint}"
-        )
+    named = f" ({plan.model['name']})" if plan.model.get("name") else ""
+    what = f"the plan is of a model{named} other than {info.path}"
+    mismatch = require_same(_compare(info, plan), what, allow_mismatch=allow_mismatch)
     if plan.n_experts != info.n_experts:
         raise MismatchError(
             f"the plan is of a model with {plan.n_experts} experts, but {info.path} has {info.n_experts}"
@@ -77,40 +83,52 @@ def check_plan(info: Prunable, plan: PrunePlan) -> None:
     )
     for layer, kept in plan.layers.items():
         _check_kept(layer, kept, plan.keep, info)
+    return mismatch
 
 
-def crosses_over(info: Prunable, plan: PrunePlan) -> bool:
-    """Whether the plan was made of the other form of a model: of a checkpoint where `info` is of a GGUF file, or the
-    other way round."""
-    kinds = [fingerprint.partition(":")[0] for fingerprint in (plan.fingerprint, info.fingerprint) if fingerprint]
-    return len(set(kinds)) > 1
+def recorded_mismatch(info: Prunable, plan: PrunePlan) -> str | None:
+    """For what is written: how the model that was measured differs from this one, and what was allowed before."""
+    found = [plan.model.get("mismatch"), _compare(info, plan).text]
+    return "; ".join(dict.fromkeys(filter(None, found))) or None
 
 
-def _check_structure(info: Prunable, plan: PrunePlan) -> None:
-    for key in ("n_experts_used", "n_groups", "n_groups_used", "n_embd"):
-        planned, found = plan.model.get(key), getattr(info, key)
-        if planned and found and planned != found:
-            name = plan.model.get("name") or "unnamed"
-            raise MismatchError(
-                f"the plan is of a model ({name}) where {key} is {planned}, but in {info.path} it is {found}"
-            )
+def _compare(info: Prunable, plan: PrunePlan) -> Verdict:
+    record = info.record()
+    fingerprint = plan.fingerprint
+    is_older = fingerprint is not None and not plan.model.get("identity") and not crosses_over(plan.model, record)
+    older = info.older_fingerprints if is_older and fingerprint != info.fingerprint else ()
+    return compare_records(plan.model, record, ("the plan", info.path.name), older)
 
 
-def plan_warnings(info: ModelInfo, plan: PrunePlan) -> Iterator[str]:
+def plan_warnings(info: Prunable, plan: PrunePlan) -> Iterator[str]:
     """What does not stop a plan that `check_plan` let pass, but should be known."""
+    verdict = _compare(info, plan)
+    if verdict.differences:
+        yield f"the plan is of a model other than {info.path}: {verdict.text}"
+    if plan.model.get("mismatch"):
+        yield f"the plan was made of profiles of different models: {plan.model['mismatch']}"
     if plan.fingerprint is None:
         yield "the plan does not say which model it was made for; only layers and expert counts were compared"
-    crossed = crosses_over(info, plan)
-    if crossed:
-        yield "the plan was made of a Hugging Face checkpoint; layers, experts, groups and widths were compared"
-    router = plan.model.get("router_fingerprint")
-    if not crossed and plan.fingerprint is not None and router is not None and router != info.router_fingerprint:
+    else:
+        yield from verdict.notes
+    if crosses_over(plan.model, info.record()):
+        yield (
+            f"the plan was made of {form_of(plan.fingerprint)}; experts, groups, widths and, where both have a sketch"
+            " of them, routers were compared"
+        )
+    elif _differ_in_bytes(info, plan):
         yield (
             "the routers' bytes differ from those of the model that was profiled (expected where the quantisation"
             " differs)"
         )
     if plan.options.get("trusted") is False:
         yield "the plan was made of a file of llama-expert-profile, whose scores are not to be trusted"
+
+
+def _differ_in_bytes(info: Prunable, plan: PrunePlan) -> bool:
+    """Whether the routers' bytes differ, where their numbers could not be compared."""
+    ours, theirs = plan.model.get("router_fingerprint"), info.record().get("router_fingerprint")
+    return bool(ours and theirs and ours != theirs and plan.fingerprint and not plan.model.get("routers"))
 
 
 def _check_layers(info: Prunable, plan: PrunePlan) -> None:

@@ -24,7 +24,7 @@ from reap.gguf.shards import is_shard_name, shard_path
 from reap.gguf.tensor_types import ValueType
 from reap.gguf.writer import NewFile, NewTensor, edit_metadata, encode_pair, split
 from reap.progress import ProgressCallback
-from reap.pruning.compatibility import check_plan, plan_warnings
+from reap.pruning.compatibility import check_plan, plan_warnings, recorded_mismatch
 from reap.pruning.verification import Check
 from reap.scores.plan import PrunePlan, router_warning
 
@@ -87,6 +87,7 @@ def prune(
     split_max_size: int | str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     imatrix_output: str | os.PathLike[str] | None = None,
+    allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
 ) -> PruneReport:
     """Write `source` without the experts that `plan` removes.
@@ -102,6 +103,8 @@ def prune(
              at most so large; only a tensor that is larger has a file larger than that, of its own
     imatrix  an importance matrix of the source, cut to the same experts and written to `imatrix_output`
              (None: beside the output, small.gguf -> small.imatrix.gguf, or small.imatrix where it has the older form)
+    allow_mismatch  go on with a plan that was made of another model, where layers and experts are as many; the warnings
+             and the key reap.mismatch of the output say what differs
     progress called with bytes written, of bytes in all
 
     Raises UsageError (paths, options, a plan that no such model can follow), MismatchError (a plan or a matrix of
@@ -121,7 +124,7 @@ def prune(
         inputs += [file.path for file in model.files]
         info, layout = describe(model), read_layout(model)
         check_output(Path(output), inputs, force=force or max_bytes is not None)
-        check_plan(info, the_plan)
+        check_plan(info, the_plan, allow_mismatch=allow_mismatch)
         _check_loadable(model, layout, the_plan)
         kept = {layer: tuple(int(expert) for expert in the_plan.layers[layer]) for layer in layout.moe_layers}
         whole = _new_file(model, layout, the_plan, kept, info, name)
@@ -158,11 +161,11 @@ def prune(
     )
 
 
-def size_after(source: str | os.PathLike[str], plan: PrunePlan) -> int:
+def size_after(source: str | os.PathLike[str], plan: PrunePlan, *, allow_mismatch: bool = False) -> int:
     """Bytes, exactly, of the file that `prune` would write. Raises what it raises for a plan that does not fit."""
     with GGUFModel.open(source) as model:
         info, layout = describe(model), read_layout(model)
-        check_plan(info, plan)
+        check_plan(info, plan, allow_mismatch=allow_mismatch)
         return _new_file(
             model, layout, plan, {layer: plan.layers[layer] for layer in layout.moe_layers}, info, None
         ).n_bytes
@@ -284,6 +287,8 @@ def _provenance(model: GGUFModel, plan: PrunePlan, kept: Kept, info: ModelInfo) 
     yield encode_pair("reap.source.expert_count", n_experts, u32)
     if plan.calibration_sha256:
         yield encode_pair("reap.calibration.sha256", ",".join(plan.calibration_sha256), text)
+    if mismatch := recorded_mismatch(info, plan):
+        yield encode_pair("reap.mismatch", mismatch, text)
     for layer, experts in kept.items():
         ids = [original[layer][expert] for expert in experts]
         yield encode_pair(f"reap.kept.{layer}", ids, ValueType.ARRAY, i32)

@@ -22,6 +22,7 @@ from reap.gguf.model_info import ModelInfo, inspect
 from reap.gguf.reader import GGUFModel
 from reap.reporting.gpu_fit import describe_fit
 from reap.reporting.page import environment
+from reap.scores.identity import compare_records
 from reap.scores.profile import Profile
 
 _MAX_BYTES = 64 << 20
@@ -60,12 +61,12 @@ def model_card(
     info = inspect(pruned)
     origin = _Origin.of(info)
     before = None if source is None else inspect(source)
-    if before is not None and before.fingerprint != origin.fingerprint:
+    if before is not None and origin.fingerprint not in (before.fingerprint, *before.older_fingerprints):
         raise MismatchError(
             f"{before.path} is not the model that {info.path} was pruned from: its fingerprint is {before.fingerprint}"
         )
     measured = None if profile is None else Profile.of(profile)
-    if measured is not None and measured.model.get("fingerprint", origin.fingerprint) != origin.fingerprint:
+    if measured is not None and not _is_of(measured, origin, before):
         raise MismatchError(f"the profile is not of the model that {info.path} was pruned from")
     judged = [read_json(path, what="evaluation", max_bytes=_MAX_BYTES) for path in evaluations]
     text = environment().get_template("card.md.j2").render(
@@ -92,6 +93,14 @@ def model_card(
 def escape(text: object) -> str:
     """A stranger's text as plain words of Markdown: on one line, and without a meaning to it or to HTML."""
     return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split())).replace(r"\<", "&lt;").replace(r"\&", "&amp;")
+
+
+def _is_of(profile: Profile, origin: _Origin, before: ModelInfo | None) -> bool:
+    """Whether a profile is of the model that a file was pruned from."""
+    if profile.model.get("fingerprint", origin.fingerprint) == origin.fingerprint or before is None:
+        return bool(profile.model.get("fingerprint", origin.fingerprint) == origin.fingerprint)
+    names = ("the profile", before.path.name)
+    return not compare_records(profile.model, before.record(), names, before.older_fingerprints).differences
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,18 @@ def comparison_report(
     keep: Keep = 0.5,
     metric: str = "reap",
     seed: int = 0,
+    allow_mismatch: bool = False,
     force: bool = False,
 ) -> Path:
     """Write one HTML file that shows how far two profiles of one model agree: the figures of `compare`. Returns its
-    path; `force` replaces an output that exists.
+    path; `allow_mismatch` is that of `compare`, `force` replaces an output that exists.
 
     Raises what `compare` raises, and OutputError.
     """
     check_distinct([output], paths_of(a, b))
     names = [item.model.get("name") or "profile" if isinstance(item, Profile) else Path(item).name for item in (a, b)]
     first, second = Profile.of(a), Profile.of(b)
-    result = compare(first, second, keep=keep, metric=metric, seed=seed)
+    result = compare(first, second, keep=keep, metric=metric, seed=seed, allow_mismatch=allow_mismatch)
     masks = mask_by(first, metric, result.keep, seed), mask_by(second, metric, result.keep, seed)
     scores = first.score(metric, seed=seed), second.score(metric, seed=seed)
     chance = result.keep / first.n_experts

@@ -23,6 +23,7 @@ from reap.reporting.experts_sections import distribution, experts, inequality, k
 from reap.reporting.page import Page, Section, packed, write_page
 from reap.reporting.report_sources import Sources
 from reap.reporting.size_sections import memory, quality, sizes
+from reap.scores.identity import compare_records, require_same
 from reap.scores.plan import PrunePlan, super_experts
 from reap.scores.profile import Profile
 from reap.scores.statistics import (
@@ -72,9 +73,11 @@ def report(
     if given is not None:
         require_plan_of(source, given)
     table = sweep if sweep is None or isinstance(sweep, Sweep) else Sweep.load(sweep)
-    ours, theirs = source.model.get("fingerprint"), None if table is None else table.model.get("fingerprint")
-    if ours and theirs and theirs != ours:
-        raise MismatchError(f"the profile is of a model with fingerprint {ours}, but the sweep of one with {theirs}")
+    if table is not None:
+        verdict = compare_records(source.model, table.model, ("the profile", "the sweep"))
+        require_same(
+            verdict, "the sweep is not of the profile's model", allow_mismatch=bool(source.model.get("mismatch"))
+        )
     made = given or plan_of_half(source)
     info = None if model is None else inspect(model)
     if info is not None:
@@ -85,11 +88,12 @@ def report(
 
 
 def _require_model_of(profile: Profile, info: ModelInfo) -> None:
-    ours = profile.model.get("fingerprint")
-    if ours and ours != info.fingerprint:
-        raise MismatchError(
-            f"the profile is of a model with fingerprint {ours}, but {info.path} has {info.fingerprint}"
-        )
+    verdict = compare_records(profile.model, info.record(), ("the profile", info.path.name), info.older_fingerprints)
+    require_same(
+        verdict,
+        f"the profile is of another model than {info.path}",
+        allow_mismatch=bool(profile.model.get("mismatch")),
+    )
     if profile.n_experts != info.n_experts:
         raise MismatchError(
             f"the profile is of a model with {profile.n_experts} experts, but {info.path} has {info.n_experts}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from reap.errors import ReapWarning
 from reap.files.paths import PathLike
 from reap.scores.merging import require_same_model
 from reap.scores.profile import Profile
@@ -62,14 +64,18 @@ def compare(
     keep: Keep = 0.5,
     metric: str = "reap",
     seed: int = 0,
+    allow_mismatch: bool = False,
 ) -> Comparison:
     """How far two profiles of one model agree: rank correlation of the scores and overlap of the kept sets, per layer.
 
     One may be of a GGUF file and the other of the checkpoint that it was made of. An expert that was never routed to
-    ranks below every other. MismatchError where layers, expert counts or models differ.
+    ranks below every other. MismatchError where layers, expert counts or models differ; with
+    `allow_mismatch` a ReapWarning where only the models do.
     """
     first, second = Profile.of(a), Profile.of(b)
-    require_same_model(first, second, any_form=True)
+    mismatch = require_same_model(first, second, any_form=True, allow_mismatch=allow_mismatch)
+    if mismatch is not None:
+        warnings.warn(mismatch, ReapWarning, stacklevel=2)
     number = resolve_keep(keep, first.n_experts, first.n_groups)
     scores = first.score(metric, seed=seed), second.score(metric, seed=seed)
     layers = []

@@ -12,28 +12,32 @@ import numpy as np
 
 from reap.errors import MismatchError, ReapWarning, UsageError
 from reap.files.paths import PathLike
+from reap.scores.identity import compare_records, require_same, warn_of
 from reap.scores.profile import Profile
 from reap.scores.records import COUNTED, SUMS, TALLIES, as_arrays, span
 from reap.text.overlap import merge_sketches
 
 
-def merge(profiles: Iterable[Profile | PathLike]) -> Profile:
+def merge(profiles: Iterable[Profile | PathLike], *, allow_mismatch: bool = False) -> Profile:
     """One profile of all the tokens that `profiles` (objects or files) saw; independent of their order.
 
     Sums add, norm_max is the maximum, domains merge by name, calibration records are concatenated. MismatchError where
     models, layers or expert counts differ; a ReapWarning where the routers' bytes differ (another quantisation) or a
-    calibration file comes twice.
+    calibration file comes twice. allow_mismatch: profiles of different models are added all the same, where their
+    layers and experts are as many, and the result's model["mismatch"] says what differs.
     """
     loaded = [Profile.of(item) for item in profiles]
     if not loaded:
         raise UsageError("merge needs at least one profile")
+    mismatches: list[str] = []
     for other in loaded[1:]:
-        require_same_model(loaded[0], other)
+        found = require_same_model(loaded[0], other, allow_mismatch=allow_mismatch)
+        mismatches += [] if found is None else [found]
         if loaded[0].trusted != other.trusted:
             raise MismatchError("a file of llama-expert-profile cannot be merged with a profile of reap")
     _warn_of_repeats(loaded)
     records: dict[str, Any] = dict(
-        model=_merge_models([profile.model for profile in loaded]),
+        model=_merge_models([profile.model for profile in loaded], mismatches),
         calibration=_merge_calibrations([profile.calibration for profile in loaded]),
         engine=_merge_engines([profile.engine for profile in loaded]),
         trusted=loaded[0].trusted,
@@ -46,37 +50,32 @@ def merge(profiles: Iterable[Profile | PathLike]) -> Profile:
     return Profile(**_add(loaded), **records, parts=parts)
 
 
-_STRUCTURE = ("n_experts_used", "n_groups", "n_groups_used", "n_embd")
+def require_same_model(a: Profile, b: Profile, *, any_form: bool = False, allow_mismatch: bool = False) -> str | None:
+    """What makes two profiles those of two models, None where they are of one: `reap.scores.identity`.
 
-
-def require_same_model(a: Profile, b: Profile, *, any_form: bool = False) -> None:
-    """MismatchError where two profiles are not of one model: fingerprint, layers and expert counts.
-
-    any_form: one may be of the GGUF file and the other of the checkpoint, whose fingerprints say nothing about each
-    other; then what both know of the model's structure is compared.
+    any_form: one may be of the GGUF file and the other of the checkpoint. MismatchError where they differ and that is
+    not allowed, and always where layers or numbers of experts do.
     """
     if a.n_experts != b.n_experts:
         raise MismatchError(f"the profiles are of different models: {a.n_experts} experts and {b.n_experts}")
     if not np.array_equal(a.layers, b.layers):
         raise MismatchError(f"the profiles have different MoE layers: {span(a.layers)} and {span(b.layers)}")
-    ours, theirs = a.model.get("fingerprint"), b.model.get("fingerprint")
-    if any_form and ours and theirs and ours.partition(":")[0] != theirs.partition(":")[0]:
-        for key in _STRUCTURE:
-            mine, other = a.model.get(key), b.model.get(key)
-            if mine and other and mine != other:
-                raise MismatchError(
-                    f"the profiles are of different models: {key} is {mine} in {_model_name(a)} and {other} in"
-                    f" {_model_name(b)}"
-                )
-        return
-    if ours and theirs and ours != theirs:
-        raise MismatchError(
-            f"the profiles are of different models: {_model_name(a)} ({ours[:19]}) and {_model_name(b)} ({theirs[:19]})"
-        )
+    verdict = compare_records(a.model, b.model, (_name(a), _name(b)), any_form=any_form)
+    found = require_same(
+        verdict,
+        f"the profiles are of different models: {_described(a)} and {_described(b)}",
+        allow_mismatch=allow_mismatch,
+    )
+    warn_of(verdict, "the profiles", stacklevel=4)
+    return found
 
 
-def _model_name(profile: Profile) -> str:
+def _name(profile: Profile) -> str:
     return str(profile.model.get("name") or profile.model.get("architecture") or "unnamed")
+
+
+def _described(profile: Profile) -> str:
+    return f"{_name(profile)} ({str(profile.model.get('fingerprint') or 'no fingerprint')[:19]})"
 
 
 def _warn_of_repeats(profiles: list[Profile]) -> None:
@@ -84,7 +83,7 @@ def _warn_of_repeats(profiles: list[Profile]) -> None:
     if len(set(map(str, hashes))) != len(hashes):
         warnings.warn("the same calibration file is merged more than once", ReapWarning, stacklevel=3)
     routers = {profile.model["router_fingerprint"] for profile in profiles if profile.model.get("router_fingerprint")}
-    if len(routers) > 1:
+    if len(routers) > 1 and not all(profile.model.get("routers") for profile in profiles):
         warnings.warn("the profiles' routers differ in their bytes (another quantisation?)", ReapWarning, stacklevel=3)
 
 
@@ -99,12 +98,14 @@ def _add(profiles: list[Profile]) -> dict[str, Any]:
     return as_arrays(profiles[0].layers, arrays)
 
 
-def _merge_models(models: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all agree on; the first one's word otherwise, but no router fingerprint that only some have."""
-    merged = dict(models[0])
+def _merge_models(models: list[dict[str, Any]], mismatches: list[str]) -> dict[str, Any]:
+    """What all agree on; otherwise the word of the first that knows most, but no router fingerprint that only some
+    have."""
+    merged = dict(next((model for model in models if model.get("identity")), models[0]))
     if any(model.get("router_fingerprint") != merged.get("router_fingerprint") for model in models):
         merged.pop("router_fingerprint", None)
-    return merged
+    mismatches = [*(model["mismatch"] for model in models if model.get("mismatch")), *mismatches]
+    return merged | ({"mismatch": "; ".join(dict.fromkeys(mismatches))} if mismatches else {})
 
 
 def _merge_calibrations(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from reap.errors import UsageError
 from reap.files.atomic import write_whole
 from reap.files.paths import PathLike
 from reap.files.strict_json import EXPERT_LIMIT, Node, json_bytes, read_json
+from reap.scores.identity import IDENTITY_KEYS
 from reap.scores.profile import Profile
 from reap.scores.ranking import Keep as Keep
 from reap.scores.ranking import check_keep, order_experts, select_experts, take
@@ -35,8 +36,9 @@ CALIBRATION_KEYS = ("files", "sha256", "sketch")
 _MODEL_KEYS = (
     "name",
     "architecture",
-    "fingerprint",
-    "router_fingerprint",
+    *IDENTITY_KEYS,
+    "mismatch",
+    "n_layers",
     "n_embd",
     "n_experts",
     "n_experts_used",
@@ -53,7 +55,7 @@ class PrunePlan:
     """
 
     model: dict[str, Any]
-    """Of the profile: n_experts, and fingerprint and the rest where known."""
+    """Of the profile: n_experts, and what tells the model from others where known (`reap.scores.identity`)."""
     metric: str
     """What ranked the experts."""
     keep: int

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.files.strict_json import EXPERT_LIMIT, LAYER_LIMIT, Node
+from reap.scores.identity import check_identity
 from reap.text.overlap import read_sketch
 
 Floats = NDArray[np.float64]
@@ -81,7 +82,7 @@ def check_format(root: Node, name: str, version: int) -> None:
 
 def check_model(model: Node) -> None:
     """FormatError where the fields of a file's "model" that a check relies on have the wrong type; absent ones pass."""
-    for key in ("name", "architecture", "fingerprint", "router_fingerprint"):
+    for key in ("name", "architecture", "fingerprint", "router_fingerprint", "mismatch"):
         if key in model and model[key].value is not None:
             model[key].string()
     for key in ("n_experts", "n_experts_used", "n_groups", "n_groups_used"):
@@ -89,6 +90,7 @@ def check_model(model: Node) -> None:
             model[key].integer(1, EXPERT_LIMIT)
     if "n_embd" in model:
         model["n_embd"].integer()
+    check_identity(model)
     if "n_groups" in model and "n_experts" in model:
         n_experts, n_groups = model["n_experts"].integer(), model["n_groups"].integer()
         if n_experts % n_groups:

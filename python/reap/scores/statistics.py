@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import MismatchError, UsageError
+from reap.scores.identity import compare_records, require_same
 from reap.scores.plan import PrunePlan, plan
 from reap.scores.profile import METRICS, Profile
 from reap.scores.ranking import check_keep, resolve_keep, select_experts
@@ -68,12 +69,9 @@ def require_plan_of(profile: Profile, made: PrunePlan) -> None:
         raise MismatchError(
             f"the plan is of a model with {made.n_experts} experts, but the profile of one with {profile.n_experts}"
         )
-    ours = profile.model.get("fingerprint")
-    if made.fingerprint and ours and made.fingerprint != ours:
-        raise MismatchError(
-            f"the plan is of a model with fingerprint {made.fingerprint}, but the profile of one with {ours}"
-        )
     kept_mask(profile, made.layers)
+    verdict = compare_records(made.model, profile.model, ("the plan", "the profile"))
+    require_same(verdict, "the plan is not of the profile's model", allow_mismatch=bool(made.model.get("mismatch")))
 
 
 def plan_of_half(profile: Profile, metric: str = "reap") -> PrunePlan:

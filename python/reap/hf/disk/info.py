@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reap.errors import FormatError
 from reap.files.strict_json import EXPERT_LIMIT, read_json
+from reap.gguf.router_sketch import Router, RouterSketch, sketch_router, to_record
 from reap.hf.disk.checkpoint_files import PROVENANCE, Checkpoint
 from reap.hf.disk.config import first_count
 from reap.hf.disk.layout import CheckpointLayout, read_checkpoint_layout
+from reap.hf.disk.safetensors_file import StoredTensor
 
 #: Not "sha256:", which a GGUF file's fingerprint begins with: the two are never equal, and nobody should compare them.
 FINGERPRINT_KIND = "hf-sha256"
 PROVENANCE_FORMAT = "reap.provenance"
+TOKENIZER = "tokenizer.json"
 _MAX_PROVENANCE_BYTES = 16 << 20
+_MAX_TOKENIZER_BYTES = 64 << 20
+#: Where a configuration of several models keeps that of the text.
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class CheckpointInfo:
 
     path: Path
     architecture: str
+    identity: Mapping[str, str]
     fingerprint: str
     n_layers: int
     n_prediction_layers: int
@@ -45,6 +55,35 @@ class CheckpointInfo:
     provenance: dict[str, Any] | None
     refusals: tuple[str, ...]
 
+    @cached_property
+    def routers(self) -> RouterSketch:
+        """A sketch of the routers' numbers (`reap.gguf.router_sketch`), read from the files when it is asked for."""
+        return sketch_folder(self.path)
+
+    @property
+    def older_fingerprints(self) -> tuple[str, ...]:
+        """What older releases of reap gave as its fingerprint."""
+        n_ordinary = self.n_layers - self.n_prediction_layers
+        layers = [layer for layer in self.moe_layers if layer < n_ordinary]
+        numbers = (self.n_experts, self.n_experts_used, self.n_groups, self.n_groups_used, self.n_embd, self.vocab_size)
+        return (first_structure_fingerprint(Structure(n_ordinary, layers, *numbers)),)
+
+    def record(self) -> dict[str, Any]:
+        """What a profile says of it under "model"."""
+        return {
+            "name": self.path.resolve().name,
+            "architecture": self.architecture,
+            "fingerprint": self.fingerprint,
+            "n_layers": self.n_layers - self.n_prediction_layers,
+            "n_embd": self.n_embd,
+            "n_experts": self.n_experts,
+            "n_experts_used": self.n_experts_used,
+            "n_groups": self.n_groups,
+            "n_groups_used": self.n_groups_used,
+            "identity": dict(self.identity),
+            "routers": to_record(self.routers),
+        }
+
     @property
     def is_moe(self) -> bool:
         """Always: a dense checkpoint is refused before."""
@@ -56,19 +95,22 @@ def describe_checkpoint(checkpoint: Checkpoint, layout: CheckpointLayout) -> Che
     counts = layout.counts
     n_embd = first_count(checkpoint.config, ("hidden_size", "n_embd", "d_model"))
     vocab_size = first_count(checkpoint.config, ("vocab_size",))
+    structure = Structure(
+        layout.n_layers,
+        [layer for layer in layout.moe_layers if layer not in layout.prediction_layers],
+        layout.n_experts,
+        counts.n_used,
+        counts.n_groups,
+        counts.n_groups_used,
+        n_embd,
+        vocab_size,
+    )
+    identity = identity_parts(model_type_of(checkpoint.config), structure, read_vocabulary(checkpoint.directory))
     return CheckpointInfo(
         path=checkpoint.directory,
         architecture=str(checkpoint.config.get("model_type") or "unknown"),
-        fingerprint=structure_fingerprint(
-            n_layers=layout.n_layers,
-            moe_layers=[layer for layer in layout.moe_layers if layer not in layout.prediction_layers],
-            n_experts=layout.n_experts,
-            n_experts_used=counts.n_used,
-            n_groups=counts.n_groups,
-            n_groups_used=counts.n_groups_used,
-            n_embd=n_embd,
-            vocab_size=vocab_size,
-        ),
+        identity=identity,
+        fingerprint=structure_fingerprint(identity),
         n_layers=max(layout.n_layers, layout.moe_layers[-1] + 1),
         n_prediction_layers=max(0, layout.moe_layers[-1] + 1 - layout.n_layers),
         moe_layers=layout.moe_layers,
@@ -84,27 +126,124 @@ def describe_checkpoint(checkpoint: Checkpoint, layout: CheckpointLayout) -> Che
     )
 
 
-def structure_fingerprint(
-    *,
-    n_layers: int,
-    moe_layers: Sequence[int],
-    n_experts: int,
-    n_experts_used: int,
-    n_groups: int,
-    n_groups_used: int,
-    n_embd: int,
-    vocab_size: int,
-) -> str:
-    """The fingerprint of a checkpoint, equal for its quantisations, and the same whether it lies on disk or in memory.
+class Structure(NamedTuple):
+    """The numbers of a checkpoint, the same whether it lies on disk or in memory."""
 
-    n_layers, moe_layers: without prediction (MTP) layers, which transformers does not load. n_groups, n_groups_used: 1
-    without a grouped router. n_embd, vocab_size: hidden_size and vocab_size of the text configuration, 0 where it has
-    none.
+    n_layers: int
+    """Without prediction (MTP) layers, which transformers does not load."""
+    moe_layers: Sequence[int]
+    """Without them, too."""
+    n_experts: int
+    n_experts_used: int
+    n_groups: int
+    """1 without a grouped router."""
+    n_groups_used: int
+    n_embd: int
+    """hidden_size of the text configuration, 0 where it has none."""
+    vocab_size: int
+    """Of the text configuration, 0 where it has none."""
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        return (self.n_groups, self.n_groups_used) if self.n_groups > 1 else (1, 1)
+
+
+def identity_parts(model_type: str, structure: Structure, tokenizer: str | None = None) -> dict[str, str]:
+    """What makes a checkpoint this model, part by part: name of the part -> its value.
+
+    model_type: `model_type_of` the configuration. tokenizer: `vocabulary_hash`, None where it is not known.
     """
-    groups = (n_groups, n_groups_used) if n_groups > 1 else (1, 1)
-    numbers = [n_layers, n_experts, n_experts_used, *groups, n_embd, vocab_size, *moe_layers]
+    n_groups, n_groups_used = structure.groups
+    parts = {
+        "model_type": model_type,
+        "num_hidden_layers": structure.n_layers,
+        "layers with experts": ",".join(map(str, structure.moe_layers)),
+        "n_experts": structure.n_experts,
+        "n_experts_used": structure.n_experts_used,
+        "n_groups": n_groups,
+        "n_groups_used": n_groups_used,
+        "hidden_size": structure.n_embd,
+        "vocab_size": structure.vocab_size,
+    }
+    return {key: str(value) for key, value in parts.items()} | ({} if tokenizer is None else {"tokenizer": tokenizer})
+
+
+def structure_fingerprint(parts: Mapping[str, str]) -> str:
+    """One hash of the parts, equal for quantisations of one checkpoint; the tokenizer, whose files need not be there,
+    does not enter."""
+    text = repr(sorted((key, value) for key, value in parts.items() if key != "tokenizer"))
+    return f"{FINGERPRINT_KIND}:{hashlib.sha256(f'reap.fingerprint.hf.2 {text}'.encode()).hexdigest()}"
+
+
+def first_structure_fingerprint(structure: Structure) -> str:
+    """The fingerprint of releases whose files have no parts: the numbers alone."""
+    numbers = [
+        structure.n_layers,
+        structure.n_experts,
+        structure.n_experts_used,
+        *structure.groups,
+        structure.n_embd,
+        structure.vocab_size,
+        *structure.moe_layers,
+    ]
     text = ",".join(str(int(number)) for number in numbers)
     return f"{FINGERPRINT_KIND}:{hashlib.sha256(f'reap.fingerprint.hf.1 {text}'.encode()).hexdigest()}"
+
+
+def model_type_of(config: Mapping[str, Any]) -> str:
+    """model_type of the text model that a configuration is of or holds; that of Qwen3-VL's is Qwen3-VL's own."""
+    inner = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), Mapping)), None)
+    found = (inner or {}).get("model_type") or config.get("model_type") or "unknown"
+    return str(found).removesuffix("_text")
+
+
+def vocabulary_hash(vocabulary: Mapping[str, int], added: Collection[str]) -> str:
+    """The beginning of a hash of the ids of all tokens, except those that were added to a tokenizer, padding among
+    them."""
+    digest = hashlib.sha256()
+    for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
+        if token not in added:
+            digest.update(f"{index} ".encode() + token.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def read_vocabulary(directory: Path) -> str | None:
+    """`vocabulary_hash` of the tokenizer.json in a checkpoint; None where there is none that reap understands."""
+    path = directory / TOKENIZER
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_TOKENIZER_BYTES:
+            return None
+        document = json.loads(path.read_bytes())
+        found = document["model"]["vocab"]
+        # a list of [token, score] has the ids as places
+        vocabulary = found if isinstance(found, dict) else {str(entry[0]): index for index, entry in enumerate(found)}
+        added = {entry["content"] for entry in document.get("added_tokens") or ()}
+        return vocabulary_hash({str(token): int(index) for token, index in vocabulary.items()}, added)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None  # it is not the weights; what reads it is transformers
+
+
+def sketch_folder(directory: Path) -> RouterSketch:
+    """The sketch of a checkpoint's routers, whose rows are those of the GGUF file that it becomes."""
+    with Checkpoint.open(directory) as checkpoint:
+        layout = read_checkpoint_layout(checkpoint)
+        names = {layer: layout.router_weight(layer) for layer in layout.moe_layers}
+        return {
+            layer: sketch_router(_router(checkpoint, checkpoint.tensor(name)))
+            for layer, name in names.items()
+            if name is not None
+        }
+
+
+def _router(checkpoint: Checkpoint, tensor: StoredTensor) -> Router:
+    file = checkpoint.shards[checkpoint.shard_of[tensor.name]]
+    n_rows, *rest = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
+    row_bytes = tensor.n_bytes // max(1, n_rows)
+
+    def read(first: int, n: int) -> bytes:
+        return file.read_range(tensor.offset_bytes + first * row_bytes, n * row_bytes)
+
+    return Router(tensor.dtype, n_rows, prod(rest), read)
 
 
 @dataclass(frozen=True)
@@ -143,6 +282,8 @@ def provenance_keys(checkpoint: Checkpoint) -> dict[str, str | int | list[int]]:
     hashes = (record.get("calibration") or {}).get("sha256") or []
     if hashes:
         keys["reap.calibration.sha256"] = ",".join(map(str, hashes))
+    if isinstance(record.get("mismatch"), str):
+        keys["reap.mismatch"] = record["mismatch"]
     return keys | {f"reap.kept.{int(layer)}": ids for layer, ids in record["kept"].items()}
 
 

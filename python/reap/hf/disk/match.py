@@ -9,34 +9,31 @@ model; this compares the models.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from reap.errors import MismatchError
+from reap.gguf.dequantize import PLAIN_TYPES, dequantize
 from reap.gguf.experts import ExpertLayout, read_layout
 from reap.gguf.model_info import ModelInfo, describe, require_moe
 from reap.gguf.reader import GGUFModel, TensorInfo
+from reap.gguf.router_sketch import ROUNDING, rounding_bound
 from reap.hf.disk.checkpoint_files import Checkpoint
 from reap.hf.disk.info import CheckpointInfo, describe_checkpoint
 from reap.hf.disk.layout import CheckpointLayout, read_checkpoint_layout
 
 #: How far a router's number may be off, relative to the largest of its layer: a conversion to BF16 moves it by less.
 TOLERANCE = 0.01
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _COMPARED = ("n_experts", "n_experts_used", "n_groups", "n_groups_used", "n_embd")
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ModelMatch:
     """What was compared of a checkpoint and a GGUF file.
 
-    layers: MoE layers that both have. routers: of these, those whose routers were compared; a quantised router cannot
-    be. router_difference: the largest of |a - b| / max|a| over them.
+    layers: MoE layers that both have. routers: of these, those whose routers were compared; not all types can be read.
+    router_difference: the largest of |a - b| / max|a| over them (of a quantised router, of ‖a - b‖ / ‖a‖).
     """
 
     layers: tuple[int, ...]
@@ -59,13 +56,13 @@ def compare_with_gguf(hf_dir: str | os.PathLike[str], gguf: str | os.PathLike[st
             _check_size(checkpoint, layout, model, experts, layer)
         differences = {layer: _router_difference(checkpoint, layout, model, layer) for layer in layers}
     compared = {layer: difference for layer, difference in differences.items() if difference is not None}
-    for layer, difference in compared.items():
-        if not difference <= TOLERANCE:
+    for layer, (difference, most) in compared.items():
+        if not difference <= most:
             raise MismatchError(
                 f"{model_info.path} is not {info.path}: the routers of layer {layer} differ by {difference:.2g} of"
-                " their largest number, so the experts are others or in another order"
+                f" their size, where {most:.2g} could be rounding, so the experts are others or in another order"
             )
-    return ModelMatch(layers, tuple(compared), max(compared.values(), default=0.0))
+    return ModelMatch(layers, tuple(compared), max((difference for difference, _ in compared.values()), default=0.0))
 
 
 def _check_counts(info: CheckpointInfo, model: ModelInfo) -> tuple[int, ...]:
@@ -96,7 +93,7 @@ def _check_size(
         checkpoint.tensor(name) for name, how in layout.follows.items() if how.layer == layer and not how.is_router
     ]
     matrices = [t for t in stored if len(t.shape) + (layout.follows[t.name].expert is not None) >= 3]
-    if any(tensor.dtype not in _FLOATS for tensor in matrices):
+    if any(tensor.dtype not in PLAIN_TYPES for tensor in matrices):
         return
     ours = sum(tensor.n_elements for tensor in matrices)
     theirs = sum(t.n_elements for t in experts.layers[layer] if "_exps." in t.name and len(t.shape) == 3)
@@ -107,31 +104,30 @@ def _check_size(
         )
 
 
-def _router_difference(checkpoint: Checkpoint, layout: CheckpointLayout, model: GGUFModel, layer: int) -> float | None:
+def _router_difference(
+    checkpoint: Checkpoint, layout: CheckpointLayout, model: GGUFModel, layer: int
+) -> tuple[float, float] | None:
+    """(difference, the most that may be); None where one of them cannot be read."""
     name = layout.router_weight(layer)
     theirs = model.tensors[f"blk.{layer}.ffn_gate_inp.weight"]
     stored = None if name is None else checkpoint.tensor(name)
-    if stored is None or stored.dtype not in _FLOATS or theirs.type_name not in _FLOATS:
+    if stored is None or stored.dtype not in PLAIN_TYPES:
         return None
-    first = _floats(checkpoint.read(stored.name), stored.dtype)
-    second = _floats(_read(model, theirs), theirs.type_name)
+    first = dequantize(checkpoint.read(stored.name), stored.dtype)
+    second = dequantize(_read(model, theirs), theirs.type_name)
+    if first is None or second is None:
+        return None
     if first.size != second.size:
         raise MismatchError(
             f"{model.path} is not {checkpoint.directory}: {theirs.name} has {second.size:,} numbers, {stored.name}"
             f" {first.size:,}"
         )
-    return float(np.abs(first - second).max() / max(float(np.abs(first).max()), 1e-30))
+    if theirs.type_name in PLAIN_TYPES:
+        return float(np.abs(first - second).max() / max(float(np.abs(first).max()), 1e-30)), TOLERANCE
+    # of a quantised one single numbers may be far off, not all of them together
+    apart = float(np.linalg.norm(first - second) / max(float(np.linalg.norm(first)), 1e-30))
+    return apart, rounding_bound(stored.dtype if stored.dtype in ROUNDING else "F32", theirs.type_name)
 
 
 def _read(model: GGUFModel, tensor: TensorInfo) -> bytes:
     return model.files[tensor.shard].read_range(tensor.offset_bytes, tensor.n_bytes)
-
-
-_NUMPY: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-def _floats(raw: bytes, dtype: str) -> Floats:
-    numbers = np.frombuffer(raw, dtype=_NUMPY[dtype])
-    if dtype == "BF16":  # the upper half of an F32
-        return (numbers.astype(np.uint32) << 16).view(np.float32)
-    return numbers.astype(np.float32)

@@ -24,7 +24,7 @@ from reap.hf.disk.info import PROVENANCE_FORMAT, CheckpointInfo, describe_checkp
 from reap.hf.disk.layout import CheckpointLayout, Follows, is_of_prediction, read_checkpoint_layout
 from reap.hf.disk.safetensors_file import SafetensorsFile, StoredTensor, encode_header
 from reap.progress import Progress, ProgressCallback
-from reap.pruning.compatibility import check_plan, crosses_over
+from reap.pruning.compatibility import check_plan, plan_warnings, recorded_mismatch
 from reap.pruning.gguf import VERIFY_MODES, Kept, PruneReport, Verify
 from reap.scores.plan import Keep, PrunePlan
 from reap.scores.plan import plan as make_plan
@@ -63,6 +63,7 @@ def prune(
     dry_run: bool = False,
     verify: Verify = "fast",
     drop_prediction: bool = False,
+    allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
 ) -> PruneReport:
     """Write the checkpoint in the directory `source` without the experts that `plan` removes. Needs neither torch nor
@@ -76,6 +77,8 @@ def prune(
     verify   before the output gets its name: "fast" reads it back and compares its structure, and samples of a hundred
              tensors of each file and of all routers, "full" compares every byte, "none" nothing
     drop_prediction  leave the prediction (MTP) layers out, of which a plan made with transformers says nothing
+    allow_mismatch  go on with a plan that was made of another model, where layers and experts are as many; the warnings
+             and reap.json say what differs
     progress called with bytes written, of bytes in all
 
     Each tensor stays in the file that it was in; experts are numbered anew; config.json changes only in the number of
@@ -96,7 +99,7 @@ def prune(
         layout = read_checkpoint_layout(checkpoint)
         info = describe_checkpoint(checkpoint, layout)
         dropped = layout.prediction_layers if drop_prediction else ()
-        the_plan = _check(info, the_plan, dropped)
+        the_plan = _check(info, the_plan, dropped, allow_mismatch=allow_mismatch)
         job = _Job(checkpoint, layout, info, the_plan, drop_prediction)
         files, side, left = job.files(), *checkpoint.side_files()
         sizes = {target / name: file.n_bytes for name, file in files.items()} | {
@@ -132,7 +135,7 @@ def _choose(plan: Any, profile: Any, keep: Keep | None, metric: str) -> PrunePla
     raise UsageError("give either a plan, or a profile and keep")
 
 
-def _check(info: CheckpointInfo, plan: PrunePlan, dropped: tuple[int, ...]) -> PrunePlan:
+def _check(info: CheckpointInfo, plan: PrunePlan, dropped: tuple[int, ...], *, allow_mismatch: bool) -> PrunePlan:
     """The plan, without the layers that are left out. Raises what `check_plan` raises."""
     if dropped:
         info = replace(info, moe_layers=tuple(layer for layer in info.moe_layers if layer not in dropped))
@@ -144,7 +147,7 @@ def _check(info: CheckpointInfo, plan: PrunePlan, dropped: tuple[int, ...]) -> P
             " not run; leave them out with --drop-mtp (drop_prediction=True), or make the plan of the GGUF file, where"
             " they are measured"
         )
-    check_plan(info, plan)
+    check_plan(info, plan, allow_mismatch=allow_mismatch)
     return plan
 
 
@@ -253,7 +256,7 @@ class _Job:
         """Which experts are left, in ids of the checkpoint that nobody had pruned yet."""
         from reap import __version__
 
-        start = origin(self.info)
+        start, mismatch = origin(self.info), recorded_mismatch(self.info, self.plan)
         kept = {str(layer): [start.kept[layer][expert] for expert in experts] for layer, experts in self.kept.items()}
         return {
             "format": PROVENANCE_FORMAT,
@@ -262,6 +265,7 @@ class _Job:
             "metric": self.plan.metric,
             "source": {"fingerprint": start.fingerprint, "n_experts": start.n_experts},
             "calibration": {"sha256": list(self.plan.calibration_sha256)},
+            **({"mismatch": mismatch} if mismatch else {}),
             "kept": kept,
         }
 
@@ -365,15 +369,7 @@ def _chunks(n_bytes: int, *, full: bool) -> Iterator[tuple[int, int]]:
 
 def _warnings(job: _Job, left: list[str], target: Path, total: int, dry_run: bool) -> Iterator[str]:
     info, plan = job.info, job.plan
-    if plan.fingerprint is None:
-        yield "the plan does not say which model it was made for; only layers and expert counts were compared"
-    elif crosses_over(info, plan):
-        yield (
-            "the plan was made of a GGUF file; layers, experts, groups and widths were compared (--gguf compares the"
-            " routers, too)"
-        )
-    if plan.options.get("trusted") is False:
-        yield "the plan was made of a file of llama-expert-profile, whose scores are not to be trusted"
+    yield from plan_warnings(info, plan)
     if plan.keep < info.n_experts and job.checkpoint.config.get("norm_topk_prob") is False:
         yield (
             "the gates of the chosen experts are not normalised again: removing experts makes the gates of those that"

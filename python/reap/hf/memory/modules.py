@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reap.errors import UnsupportedModelError
+from reap.gguf.router_sketch import LayerSketch, sketch_rows
+from reap.hf.memory.offloading import read_tensor
 
 # a router that is named so is preferred over another module of the same shape
 _ROUTER_NAMES = ("gate", "router", "wg", "gating")
@@ -112,6 +115,21 @@ def expert_tensors(layer: MoELayer) -> Iterator[tuple[nn.Module, str, int]]:
     for name, tensor in _own_tensors(layer.block):
         if _BLOCK_VECTORS.search(name) and tensor.shape[:1] == (layer.n_experts,):
             yield layer.block, name, 0
+
+
+def sketch_routers(layers: Iterable[MoELayer]) -> dict[int, LayerSketch]:
+    """The sketch of each layer's router, of what is in memory or offloaded; without rows where it is quantised."""
+    return {layer.index: _sketch_router(layer) for layer in layers}
+
+
+def _sketch_router(layer: MoELayer) -> LayerSketch:
+    for module, name, axis in _with_axis(layer.router, layer.n_experts):
+        tensor = dict(_own_tensors(module))[name]
+        if axis == 0 and tensor.dim() == 2:
+            if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                return LayerSketch(str(tensor.dtype).removeprefix("torch."), None)
+            return sketch_rows(read_tensor(module, name).detach().to("cpu", torch.float32).numpy())
+    return LayerSketch("unknown", None)
 
 
 def _with_axis(root: nn.Module, n_experts: int) -> Iterator[tuple[nn.Module, str, int]]:

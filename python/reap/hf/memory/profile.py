@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap.errors import UsageError
+from reap.errors import UnsupportedModelError, UsageError
+from reap.gguf.router_sketch import RouterSketch, to_record
 from reap.hf.dependencies import require_extra
-from reap.hf.disk.info import structure_fingerprint
+from reap.hf.disk.discovery import CONFIG
+from reap.hf.disk.info import (
+    Structure,
+    identity_parts,
+    model_type_of,
+    read_vocabulary,
+    sketch_folder,
+    structure_fingerprint,
+    vocabulary_hash,
+)
 from reap.hf.memory.loading import LoadArguments, LoadOptions, check_folder, load_model, load_tokenizer
 from reap.hf.memory.tokenizer import HFTokenizer
 from reap.profiling.arguments import divide, shows
@@ -134,13 +145,42 @@ class _Subject:
             "n_groups": first.n_group,
             "n_groups_used": first.topk_group,
         }
-        widths = {"n_embd": getattr(self.config, "hidden_size", 0), "vocab_size": getattr(self.config, "vocab_size", 0)}
+        n_embd, vocab_size = (int(getattr(self.config, name, 0) or 0) for name in ("hidden_size", "vocab_size"))
+        structure = Structure(
+            moe_layers=[layer.index for layer in self.layers], **counts, n_embd=n_embd, vocab_size=vocab_size
+        )
+        identity = identity_parts(self._model_type(), structure, self._vocabulary_hash())
         return {
             "name": self.name,
             "architecture": str(getattr(self.config, "model_type", "") or type(self.model).__name__),
-            "fingerprint": structure_fingerprint(**counts, **widths, moe_layers=[layer.index for layer in self.layers]),
+            "fingerprint": structure_fingerprint(identity),
             **counts,
+            "n_embd": n_embd,
+            "identity": identity,
+            "routers": to_record(self._sketch_routers()),
         }
+
+    def _model_type(self) -> str:
+        if self.folder is not None:
+            return model_type_of(json.loads((self.folder / CONFIG).read_bytes()))
+        return model_type_of({"model_type": getattr(self.config, "model_type", None) or type(self.model).__name__})
+
+    def _vocabulary_hash(self) -> str | None:
+        if self.folder is not None:
+            return read_vocabulary(self.folder)
+        tokenizer = self.tokenizer.wrapped
+        if not hasattr(tokenizer, "get_vocab") or not hasattr(tokenizer, "get_added_vocab"):
+            return None
+        return vocabulary_hash(tokenizer.get_vocab(), tokenizer.get_added_vocab())
+
+    def _sketch_routers(self) -> RouterSketch:
+        """Of the files where there are some: in memory, their numbers may be rounded or not there at all."""
+        from reap.hf.memory.modules import sketch_routers
+
+        if self.folder is not None:
+            with suppress(UnsupportedModelError):
+                return sketch_folder(self.folder)
+        return sketch_routers(self.layers)
 
     def engine(self, options: LoadOptions) -> dict[str, Any]:
         """The profile's record of what ran it."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from reap.errors import MismatchError, UnsupportedModelError, UsageError
-from reap.hf.memory.modules import MoELayer, expert_tensors, find_moe_layers, require_one_count, text_config
+from reap.errors import MismatchError, ReapWarning, UnsupportedModelError, UsageError
+from reap.gguf.router_sketch import to_record
+from reap.hf.memory.modules import (
+    MoELayer,
+    expert_tensors,
+    find_moe_layers,
+    require_one_count,
+    sketch_routers,
+    text_config,
+)
 from reap.hf.memory.offloading import read_tensor, replace_tensor
+from reap.scores.identity import compare_records, require_same
 from reap.scores.plan import PrunePlan
 from reap.scores.ranking import check_keep
 
@@ -52,19 +62,22 @@ def prune_moe_layer(model: nn.Module, layer_name: str, retained: Iterable[int], 
     return kept
 
 
-def prune_model(model: nn.Module, plan: Plan) -> nn.Module:
+def prune_model(model: nn.Module, plan: Plan, *, allow_mismatch: bool = False) -> nn.Module:
     """Keep in each layer of a transformers model what `plan` keeps, and say so in its configuration; returns the same
     model, changed.
 
     `plan`: a PrunePlan, the path of one, or layer number -> ids to keep. Everything is checked before anything is
-    changed: MismatchError where layers or expert counts are not those of the model, UsageError where the router could
-    not be served any more (its top-k, its groups), UnsupportedModelError for a model that cannot be cut.
+    changed: MismatchError where layers or expert counts are not those of the model, or where a PrunePlan holds a sketch
+    of other routers (a ReapWarning with `allow_mismatch`), UsageError where the router could not be served any more
+    (its top-k, its groups), UnsupportedModelError for a model that cannot be cut.
     """
     if isinstance(plan, str | os.PathLike):
         plan = PrunePlan.load(plan)
     kept = _kept_by_layer(plan)
     layers = find_moe_layers(model)
     _check_model(model, layers, plan, kept)
+    if isinstance(plan, PrunePlan):
+        _check_routers(model, layers, plan, allow_mismatch=allow_mismatch)
     for layer in layers.values():
         _cut(layer, kept[layer.index])
     n_before = next(iter(layers.values())).n_experts
@@ -97,6 +110,17 @@ def _check_model(model: nn.Module, layers: Mapping[str, MoELayer], plan: object,
         raise UsageError("the plan keeps more experts in some layers than in others; a model has one number for all")
     for layer in layers.values():
         _check_layer(layer, kept[layer.index])
+
+
+def _check_routers(model: nn.Module, layers: Mapping[str, MoELayer], plan: PrunePlan, *, allow_mismatch: bool) -> None:
+    if not plan.model.get("routers"):
+        return
+    name = type(model).__name__
+    record = {"routers": to_record(sketch_routers(layers.values()))}
+    verdict = compare_records({"routers": plan.model["routers"]}, record, ("the plan", f"this {name}"))
+    found = require_same(verdict, f"the plan is of a model other than this {name}", allow_mismatch=allow_mismatch)
+    if found is not None:
+        warnings.warn(found, ReapWarning, stacklevel=3)
 
 
 def _check_layer(layer: MoELayer, kept: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ class HFTokenizer:
     used)."""
 
     def __init__(self, tokenizer: Any, n_vocab: int) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = self.wrapped = tokenizer
         self.n_vocab = n_vocab
         self.has_tokenizer = tokenizer is not None
         self.bos: int | None = getattr(tokenizer, "bos_token_id", None)
