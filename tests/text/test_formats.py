@@ -360,6 +360,37 @@ def test_a_row_that_is_not_csv_is_one_bad_line(tmp_path: Path) -> None:
     assert dict(reader.records[0].bad) == {"not CSV": 1, "another number of values than names": 1}
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_quote_that_does_not_end_is_no_bad_line(tmp_path: Path, skip: bool) -> None:
+    """All rows after it would be lost with it, counted as one."""
+    path = write(tmp_path / "d.csv", 'text,n\na,1\n"b,2\nc,3\nd,4\n')
+    with pytest.raises(CalibrationError, match=r"d\.csv:3: a quoted value of this row does not end; rows after it"):
+        samples_of(path, skip_bad_lines=skip)
+
+
+def test_a_row_that_is_not_utf8_is_one_bad_line(tmp_path: Path) -> None:
+    raw = [b"a", b"b\xe9", b"c\xc3\xa9"]
+    texts = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        3,
+        [None, pyarrow.array([0, 1, 3, 6], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"".join(raw))],
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet")
+    write(tmp_path / "d.csv", b"text,n\n" + b"".join(text + b",1\n" for text in raw))
+    for name, where in (("d.parquet", "row 2"), ("d.csv", "3")):
+        reader = SampleReader(tmp_path / name, skip_bad_lines=True)
+        assert [sample.text for sample in reader] == ["a", "cé"]
+        assert dict(reader.records[0].bad) == {"not UTF-8 text": 1}
+        with pytest.raises(CalibrationError, match=rf"{name}: ?{where}: is not UTF-8 text"):
+            samples_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("tools", [None, "", "null", "None", "[]", []])
+def test_tools_that_are_not_there(tools: Any) -> None:
+    (sample,) = samples_of([{"messages": [{"role": "user", "content": "q"}], "tools": tools}])
+    assert sample.tools is None
+
+
 # ---- the richest shape, and what is said of it
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from reap.errors import CalibrationError, MissingExtraError
-from reap.text.rows import Row
+from reap.text.rows import BadLine, Row
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 64, 4 << 20
 _BUFFER = 1 << 20
@@ -35,7 +35,7 @@ class ColumnarFile:
     def position(self) -> int:
         return round(self._share * self._n_bytes)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row | BadLine]:
         """The rows; a column that is not wanted is None. CalibrationError where the file is damaged, MissingExtraError
         without pyarrow."""
         arrow = _pyarrow(self.path)
@@ -46,10 +46,14 @@ class ColumnarFile:
                 unread = unread or dict.fromkeys(self.names)
                 step = _rows_at_once(batch.nbytes, batch.num_rows)
                 for start in range(0, batch.num_rows, step):
-                    for members in batch.slice(start, step).to_pylist():
+                    for members in _values(batch.slice(start, step)):
                         number += 1
                         self._share = share
-                        yield Row(f"{self.path}: row {number}", number, {**unread, **_without_unions(members)})
+                        where = f"{self.path}: row {number}"
+                        if members is None:
+                            yield BadLine(where, number, "is not UTF-8 text", "not UTF-8 text")
+                        else:
+                            yield Row(where, number, {**unread, **_without_unions(members)})
         except (arrow.ArrowException, OSError) as error:
             detail = " ".join(str(error).split())[:200]
             raise CalibrationError(f"{self.path}: cannot be read after row {number}: {detail}") from error
@@ -92,6 +96,17 @@ class ColumnarFile:
             for batch in file.iter_batches(batch_size=step, columns=self._columns(), use_threads=False):
                 done += batch.num_rows
                 yield batch, done / total
+
+
+def _values(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows as Python's values; None for one whose text is not UTF-8, which Parquet does not check."""
+    try:
+        rows: list[dict[str, Any] | None] = batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [row for index in range(batch.num_rows) for row in _values(batch.slice(index, 1))]
+    return rows
 
 
 def _rows_at_once(n_bytes: int, n_rows: int) -> int:

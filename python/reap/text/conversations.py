@@ -131,6 +131,8 @@ def read_tools(members: Members) -> Any:
     try:
         value = members[name]
         parsed = _from_json(value, name) if isinstance(value, str) else value
+        if parsed in ("null", "None"):  # what a table makes of a value that is not there
+            return None
         tools = as_list([parsed] if isinstance(parsed, Mapping) else parsed, name)
         return [_as_tool(tool, name) for tool in tools] or None
     except WrongType as error:

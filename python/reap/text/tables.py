@@ -40,19 +40,29 @@ def csv_rows(stream: ByteStream, delimiter: str | None = None) -> Iterator[Row |
             return
         except csv.Error as error:
             end = lines.number
+            if str(error) == "unexpected end of data" or "field limit" in str(error):
+                raise CalibrationError(
+                    f"{where}: a quoted value of this row does not end; rows after it cannot be found"
+                ) from error
             yield BadLine(where, number, f"is not CSV: {error}", "not CSV")
             continue
-        except BadLine as bad:
-            end = lines.number
-            yield bad
-            return
         end = lines.number
-        if len(values) == len(names):
+        if not _is_text(values):
+            yield BadLine(where, number, "is not UTF-8 text", "not UTF-8 text")
+        elif len(values) == len(names):
             cells = zip(names, values, strict=True)
             yield Row(where, number, {name: value for name, value in cells if value or name != "domain"})
         elif values:
             problem = f"has {len(values)} values where the first line has {len(names)} names"
             yield BadLine(where, number, problem, "another number of values than names")
+
+
+def _is_text(values: Sequence[str]) -> bool:
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Lines:
@@ -73,12 +83,7 @@ class _Lines:
         where = f"{self._stream.name}:{self.number}"
         if len(raw) > LINE_LIMIT:
             raise CalibrationError(f"{where}: the line is longer than {LINE_LIMIT >> 20} MiB")
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise CalibrationError(
-                f"{where}: is not UTF-8 text (byte {error.start} of the line is 0x{raw[error.start]:02x})"
-            ) from error
+        return raw.decode("utf-8", "surrogateescape")  # what is not UTF-8 is told row by row
 
 
 def _header(reader: Iterator[Sequence[str]], name: str) -> list[str]:
