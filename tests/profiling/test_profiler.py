@@ -232,6 +232,24 @@ def start(model: Path, text: Path, keep: Path, out: Path) -> subprocess.Popen[st
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+COMMAND = """
+import signal, sys, reap
+from reap.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background takes away
+profile, batches = reap.profile, iter(range(sys.maxsize))
+def noisy(*arguments, progress, **options):
+    return profile(*arguments, progress=lambda _: next(batches) == 20 and print("begun", flush=True), **options)
+reap.profile = noisy
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start_command(words: list[str]) -> subprocess.Popen[str]:
+    """The command `reap profile`, which prints "begun" once some batches are done."""
+    command = [sys.executable, "-c", COMMAND, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def test_sigint_saves_and_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "c.jsonl", samples(3000))
     process = start(model, text, tmp_path / "keep", tmp_path / "out")
@@ -266,8 +284,9 @@ def test_the_command_line_exits_with_130_and_goes_on(model: Path, tmp_path: Path
         "--checkpoint",
         str(keep),
     ]
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(4)
+    process = start_command(arguments[2:])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -290,21 +309,8 @@ def test_a_run_keeps_its_state_beside_its_output(number: signal.Signals, model: 
     """With no option at all: stopped, it says where its state is; with --resume it goes on; then the file is gone."""
     text = write_jsonl(tmp_path / "c.jsonl", samples(20000))
     out, kept = tmp_path / "out.json", tmp_path / "out.json.resume"
-    command = f"""
-import os, signal, sys, threading
-import reap
-from reap.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background takes away
-profile, batches = reap.profile, iter(range(sys.maxsize))
-def noisy(*arguments, progress, **options):
-    return profile(*arguments, progress=lambda _: next(batches) == 20 and print("begun", flush=True), **options)
-reap.profile = noisy
-words = {["profile", str(model), str(text), "-o", str(out), "-c", "256", "-ub", "64", "-t", "1"]!r}
-sys.exit(main([*words, *sys.argv[1:]]))
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    words = ["profile", str(model), str(text), "-o", str(out), "-c", "256", "-ub", "64", "-t", "1"]
+    process = start_command(words)
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     process.send_signal(number)
@@ -313,10 +319,11 @@ sys.exit(main([*words, *sys.argv[1:]]))
     assert f"which {kept} keeps; --resume" in errors
     assert json.loads(kept.read_text())["units"] > 0
     assert not out.exists()
-    again = [sys.executable, "-c", command, "--max-tokens", "1000000000", "--resume"]
-    assert "max_tokens" in subprocess.run(again, capture_output=True, text=True, check=False).stderr
+    again = [sys.executable, "-m", "reap", *words, "--resume"]
+    other = subprocess.run([*again, "--max-tokens", "1000000000"], capture_output=True, text=True, check=False)
+    assert "max_tokens" in other.stderr
     write_jsonl(text, samples(20000)[: json.loads(kept.read_text())["units"] + 5])  # a shorter rest
-    assert subprocess.run([*again[:3], "--resume"], capture_output=True, check=False).returncode == 0
+    assert subprocess.run(again, capture_output=True, check=False).returncode == 0
     assert out.exists()
     assert not kept.exists()
 
