@@ -128,7 +128,7 @@ def read_checkpoint_layout(checkpoint: Checkpoint) -> CheckpointLayout:
         found, problems = finder.follow(layer, block, n_experts)
         follows |= found
         refusals += problems
-    refusals += finder.strangers(follows)
+    refusals += finder.unclaimed_tensors(follows)
     counts = read_counts(checkpoint, n_experts)
     return CheckpointLayout(n_layers, n_experts, layers, prediction, follows, counts, tuple(dict.fromkeys(refusals)))
 
@@ -263,7 +263,7 @@ class _Finder:
         fits = tensor.shape[axis] == n_experts or rows
         return axis if fits and tensor.n_bytes % n_experts == 0 else None
 
-    def strangers(self, follows: Mapping[str, Follows]) -> Iterator[str]:
+    def unclaimed_tensors(self, follows: Mapping[str, Follows]) -> Iterator[str]:
         """A sentence about a tensor that has experts in its name and is in none of the blocks."""
         for name, tensor in self.tensors.items():
             if (
