@@ -183,6 +183,18 @@ def test_a_report_refuses_what_is_of_another_model(model: Path, permuted: Path, 
         reap.report(profile, tmp_path / "r.html", plan=reap.plan(profile_of(permuted), keep=4))
 
 
+def test_what_runs_a_model_refuses_a_plan_of_another_one(model: Path, permuted: Path, tmp_path: Path) -> None:
+    """Before the engine sees a file."""
+    profile, text = profile_of(model), tmp_path / "text.txt"
+    text.write_text("some words")
+    with pytest.raises(MismatchError, match="another order"):
+        reap.evaluate(permuted, text, plan=reap.plan(profile, keep=4))
+    with pytest.raises(MismatchError, match="another order"):
+        reap.sweep(permuted, profile, text, keep=4, metric="reap")
+    with pytest.raises(MismatchError, match="another order"):
+        reap.refine(permuted, profile, text, keep=4)
+
+
 # ---- the command line
 
 

@@ -265,7 +265,7 @@ def test_a_wrong_field_is_one_clear_error(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "is not JSON"),
+        (b"", "is an empty file"),
         (b"{", "is not JSON"),
         (b"[]", "should be an object, found a list"),
         (b"{}", "is no profile"),
@@ -278,7 +278,7 @@ def test_a_wrong_field_is_one_clear_error(
         (b'{"a":' * 100_000 + b"}" * 100_000, "nested too deeply"),
         (b"[" * 50_000, "nested too deeply"),
         (b"[" * 1_000_000, "has 1,000,000 lists and objects, more than 100,000; no profile of reap has as many"),
-        (b"\xff\xfe{}", "is not UTF-8"),
+        (b"\xff\xfe{}", "is a text file \\(UTF-16\\)"),
         (b'{"0": {"activation_counts": []}}', "have no experts"),
         (b'{"0": {"activation_counts": [1]}}', 'layer 0 lacks "total_tokens"'),
         (b'{"0": 5}', "layer 0 should be an object"),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from reap.errors import FormatError, OutputError, UsageError
 from reap.files.atomic import check_output, check_space, write_set
+from reap.files.paths import PathLike
 from reap.files.ranges import Piece, Span, Writable, merge_spans
 from reap.gguf.experts import ExpertLayout, gates_depend_on_all, read_count, read_layout
 from reap.gguf.imatrix import Experts, Imatrix, output_name, read_imatrix
@@ -76,17 +77,17 @@ class PruneReport:
 
 
 def prune(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    plan: PrunePlan | str | os.PathLike[str],
+    source: PathLike,
+    output: PathLike,
+    plan: PrunePlan | PathLike,
     *,
     name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     verify: Verify = "fast",
     split_max_size: int | str | None = None,
-    imatrix: str | os.PathLike[str] | None = None,
-    imatrix_output: str | os.PathLike[str] | None = None,
+    imatrix: PathLike | None = None,
+    imatrix_output: PathLike | None = None,
     allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
 ) -> PruneReport:
@@ -161,7 +162,7 @@ def prune(
     )
 
 
-def size_after(source: str | os.PathLike[str], plan: PrunePlan, *, allow_mismatch: bool = False) -> int:
+def size_after(source: PathLike, plan: PrunePlan, *, allow_mismatch: bool = False) -> int:
     """Bytes, exactly, of the file that `prune` would write. Raises what it raises for a plan that does not fit."""
     with GGUFModel.open(source) as model:
         info, layout = describe(model), read_layout(model)

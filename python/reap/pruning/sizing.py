@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from reap.files.paths import PathLike
 from reap.gguf.experts import read_layout
 from reap.gguf.reader import GGUFModel
 from reap.pruning.gguf import size_after
@@ -46,7 +46,7 @@ class ModelSize:
         return asdict(self)
 
 
-def measure_size(path: str | os.PathLike[str], plan: PrunePlan | None = None) -> ModelSize:
+def measure_size(path: PathLike, plan: PrunePlan | None = None) -> ModelSize:
     """What the model at `path` weighs, and what it would after `plan` (None: the same). Raises what `prune` does for a
     plan that does not fit."""
     with GGUFModel.open(path) as model:

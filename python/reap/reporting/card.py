@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from reap.files.atomic import check_distinct, paths_of, write_whole
 from reap.files.formatting import bytes_text, ranges_text
 from reap.files.formatting import number_text as number
 from reap.files.formatting import percent_text as percent
+from reap.files.paths import PathLike
 from reap.files.strict_json import Node, read_json
 from reap.gguf.experts import gates_depend_on_all
 from reap.gguf.model_info import ModelInfo, inspect
@@ -27,8 +27,6 @@ from reap.scores.profile import Profile
 
 _MAX_BYTES = 64 << 20
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|<>~&$])")
-
-PathLike = str | os.PathLike[str]
 
 
 def model_card(

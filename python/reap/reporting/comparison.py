@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 from reap.files.atomic import check_distinct, paths_of
 from reap.files.formatting import number_text as number
 from reap.files.formatting import percent_text as percent
+from reap.files.paths import PathLike
 from reap.reporting import plots as figures
 from reap.reporting.page import Page, Section, Table, packed, write_page
 from reap.scores.comparing import Comparison, compare
@@ -24,9 +24,9 @@ _BINS = 32
 
 
 def comparison_report(
-    a: Profile | str | os.PathLike[str],
-    b: Profile | str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    a: Profile | PathLike,
+    b: Profile | PathLike,
+    output: PathLike,
     *,
     keep: Keep = 0.5,
     metric: str = "reap",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from reap.files.atomic import check_distinct, paths_of
 from reap.files.formatting import bytes_text
 from reap.files.formatting import number_text as number
 from reap.files.formatting import percent_text as percent
+from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.pruning.sizing import measure_size
 from reap.reporting import plots as figures
@@ -44,8 +44,6 @@ UNTRUSTED = (
 #: Domains whose share of each expert's tokens the page carries.
 _MOST_DOMAINS = 8
 _MOST_LISTED = 60
-
-PathLike = str | os.PathLike[str]
 
 
 def report(

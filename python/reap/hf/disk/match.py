@@ -8,12 +8,12 @@ model; this compares the models.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from reap.errors import MismatchError
+from reap.files.paths import PathLike
 from reap.gguf.dequantize import PLAIN_TYPES, dequantize
 from reap.gguf.experts import ExpertLayout, read_layout
 from reap.gguf.model_info import ModelInfo, describe, require_moe
@@ -41,7 +41,7 @@ class ModelMatch:
     router_difference: float
 
 
-def compare_with_gguf(hf_dir: str | os.PathLike[str], gguf: str | os.PathLike[str]) -> ModelMatch:
+def compare_with_gguf(hf_dir: PathLike, gguf: PathLike) -> ModelMatch:
     """Check that the GGUF file was made of the checkpoint, with layers and experts in the same places.
 
     Raises MismatchError that says where they differ, and what opening either of them raises. Prediction layers that one

@@ -4,7 +4,6 @@ decoded or loaded."""
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 from reap.errors import FormatError, OutputError, UsageError
 from reap.files.atomic import check_space, paths_of, write
 from reap.files.atomic_directory import check_output_directory, new_directory
+from reap.files.paths import PathLike
 from reap.files.ranges import RawFile, Span, merge_spans
 from reap.files.regular import RegularFile
 from reap.hf.disk.checkpoint_files import PROVENANCE, QUANTISATION, Checkpoint, SideFile
@@ -52,11 +52,11 @@ class _NewTensor:
 
 
 def prune(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    plan: PrunePlan | str | os.PathLike[str] | None = None,
+    source: PathLike,
+    output: PathLike,
+    plan: PrunePlan | PathLike | None = None,
     *,
-    profile: Profile | str | os.PathLike[str] | None = None,
+    profile: Profile | PathLike | None = None,
     keep: Keep | None = None,
     metric: str = "reap",
     force: bool = False,

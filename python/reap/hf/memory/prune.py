@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reap.errors import MismatchError, ReapWarning, UnsupportedModelError, UsageError
+from reap.files.paths import PathLike
 from reap.gguf.router_sketch import to_record
 from reap.hf.memory.modules import (
     MoELayer,
@@ -38,7 +39,7 @@ COUNT_NAMES = (
 # tables that choose experts by token: their contents are expert ids
 _ID_TABLES = ("tid2eid",)
 
-Plan = PrunePlan | str | os.PathLike[str] | Mapping[int, Sequence[int]]
+Plan = PrunePlan | PathLike | Mapping[int, Sequence[int]]
 
 
 def prune_moe_layer(model: nn.Module, layer_name: str, retained: Iterable[int], moe_attrs: object = None) -> list[int]:
