@@ -2,6 +2,7 @@
 // Reads JSON Lines from standard input, each {"template", "bos", "eos", "messages", "tools", "kwargs", "add_generation_prompt"}; writes a
 // line for each: {"text"} or {"error"}, and {"caps"}, what the engine believes that the template can take.
 
+#include "chat-auto-parser.h"
 #include "chat.h"
 #include "json.h"
 #include "log.h"
@@ -10,25 +11,46 @@
 #include <iostream>
 #include <map>
 #include <string>
+#include <utility>
 
 namespace {
 
-using Templates = std::map<std::string, common_chat_templates_ptr>;
+struct Compiled {
+    common_chat_templates_ptr templates;
+    bool is_special = false;
+};
 
-const common_chat_templates * compiled(Templates & cache, const common_json & request) {
+using Templates = std::map<std::string, Compiled>;
+
+// Whether the engine has code of its own for this template, which may change the messages. For any other it would study the template
+// for each prompt, to parse answers: slow, and without a bearing on the prompt.
+bool is_special(const std::string & source) {
+    autoparser::generation_params params;
+    params.messages = common_json::array({common_json{{"role", "user"}, {"content", "question"}}});
+    params.tools = common_json::array();
+    try {
+        return common_chat_try_specialized_template(common_chat_template(source, "", ""), source, params).has_value();
+    } catch (const std::exception &) {
+        return true;
+    }
+}
+
+const Compiled & compiled(Templates & cache, const common_json & request) {
     const auto source = request.at("template").get<std::string>();
     const auto bos = request.value("bos", std::string());
     const auto eos = request.value("eos", std::string());
     auto & found = cache[source + '\0' + bos + '\0' + eos];
-    if (!found) {
-        found = common_chat_templates_init(nullptr, source, bos, eos);
+    if (!found.templates) {
+        found = {common_chat_templates_init(nullptr, source, bos, eos), is_special(source)};
     }
-    return found.get();
+    return found;
 }
 
 common_json render(Templates & cache, const common_json & request) {
-    const auto * templates = compiled(cache, request);
+    const auto & [templates_of, is_special] = compiled(cache, request);
+    const auto * templates = templates_of.get();
     common_chat_templates_inputs inputs;
+    inputs.force_pure_content = !is_special;
     inputs.messages = common_chat_msgs_parse_oaicompat(request.at("messages"));
     if (request.contains("tools")) {
         inputs.tools = common_chat_tools_parse_oaicompat(request.at("tools"));

@@ -82,11 +82,12 @@ class ChatTemplate:
         self.source = habits.patch_source(source)
         now = now or datetime.now()
         self._now = now
-        self._variables = _variables(dict(variables or {}), now) | {"bos_token": bos, "eos_token": eos}
+        self.variables = _variables(dict(variables or {}), now) | {"bos_token": bos, "eos_token": eos}
         self._adapt = habits.adaptation(self.source)
         self._gaps: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})  # without tools, with tools
+        environment = sandbox(now)
         try:
-            self._template = sandbox(now).compile_template(self.source)
+            self._template = environment.compile_template(self.source)
         except Exception as error:  # deep nesting ends in a RecursionError, and Python has limits of its own
             raise CalibrationError(f"{origin}: is no chat template: {_detail(error)}") from error
 
@@ -129,13 +130,15 @@ class ChatTemplate:
         self, conversation: Conversation, *, add_generation_prompt: bool = False, mark_generation: bool = False
     ) -> str:
         """What `prepare` returned as text; with `mark_generation` the template's own marks are in it."""
-        messages = conversation.messages
-        if self._adapt is not None:
-            messages = self._adapt(messages)
+        messages = self.adapt(conversation.messages)
         try:
             return self._run(messages, conversation.tools, add_generation_prompt, mark_generation)
         except Exception as error:  # a template is a program of someone else's: it can fail in any way
             raise CalibrationError(f"{self.origin} cannot render the messages: {_detail(error)}") from error
+
+    def adapt(self, messages: list[Message]) -> list[Message]:
+        """The messages that `prepare` returned as the engine's code for this family of templates changes them."""
+        return messages if self._adapt is None else self._adapt(messages)
 
     def render_turns(self, messages: Sequence[Mapping[str, Any]], *, tools: object = None) -> tuple[str, list[Span]]:
         """The conversation as text, and which characters of it [start, end) the assistant's turns wrote, in order.
@@ -222,7 +225,7 @@ class ChatTemplate:
         that fails, as the engine does, which gives it neither."""
         import jinja2
 
-        given: dict[str, Any] = self._variables | {"add_generation_prompt": prompt}
+        given: dict[str, Any] = self.variables | {"add_generation_prompt": prompt}
         nothing: dict[str, Any] = {"documents": None, "tools": None}
         if tools is not None:
             given["tools"] = tools

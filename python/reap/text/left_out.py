@@ -8,7 +8,7 @@ from typing import Any
 
 from reap.text.marks import Locator, Place, Unlocated
 
-THINK_END = "</think>"
+THINK_START, THINK_END = "<think>", "</think>"
 
 
 def places_left_out(locator: Locator) -> list[Place]:
@@ -25,18 +25,20 @@ def places_left_out(locator: Locator) -> list[Place]:
         marked = locator.marked
     except Unlocated:
         return []  # nothing can be said
-    ends: dict[Place, set[int]] = {}
-    for mark in marked.marks:
-        ends.setdefault((mark.message, mark.name), set()).add(mark.code % 2)
+    codes = {mark.code for mark in marked.marks}
     left_out = []
     for place, core in missing.items():
         message, name = place
-        known = place if name != "arguments" or place in marked.marked else (message, "name")
-        found = ends.get(known, set())
-        if known not in marked.marked or found == {0, 1}:
-            continue
-        begins_with_thoughts = name == "content" and THINK_END in core and 1 in found
-        left_out.append((message, "reasoning_content") if begins_with_thoughts else place)
+        known = (message, "name") if name == "arguments" and place not in marked.owners else place
+        ends = [(2 * i in codes, 2 * i + 1 in codes) for i, owner in enumerate(marked.owners) if owner == known]
+        if all(first and last for first, last in ends):
+            continue  # it is there, or cannot be followed
+        if name == "content" and THINK_END in core and ends[-1][1]:
+            thoughts = core.partition(THINK_END)[0].rpartition(THINK_START)[2].strip()
+            if not _is_written(thoughts, locator.text):  # else they stand where the template puts thoughts
+                left_out.append((message, "reasoning_content"))
+        else:
+            left_out.append(place)
     return left_out
 
 

@@ -54,8 +54,8 @@ class Marked:
 
     text: str
     marks: list[Mark]
-    marked: frozenset[Place]
-    """the texts that have marks"""
+    owners: tuple[Place, ...]
+    """the texts that were marked: the one at i with the codes 2 i and 2 i + 1"""
 
     def of(self, message: int) -> list[Mark]:
         return [mark for mark in self.marks if mark.message == message]
@@ -88,7 +88,7 @@ class _Marker:
                 raise Unlocated("a mark that was not set")
             message, name = self._owners[code // 2]
             marks.append(Mark(length, message, name, code))
-        return Marked("".join(pieces) + text[end:], marks, frozenset(self._owners))
+        return Marked("".join(pieces) + text[end:], marks, tuple(self._owners))
 
     def _mark_message(self, message: Message, index: int) -> Message:
         marked = dict(message)

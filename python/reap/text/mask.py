@@ -152,18 +152,25 @@ class TurnFinder:
         runs = runs[:1] + [run for run in runs[1:] if any(marks[i].name != "name" for i in range(run[0], run[1] + 1))]
         codes = [marks[i].code for i in range(runs[0][0], runs[0][1] + 1)] if runs else []
         if len(set(codes)) < len(codes):
-            own = [mark.code for mark in self.locator.prefix(index + 1, False).of(index)]
+            own = self._codes_alone(index, codes)
             while len(codes) > 1 and codes.count(codes[-1]) > own.count(codes[-1]):
                 codes.pop()
             runs[0] = (runs[0][0], runs[0][0] + len(codes) - 1)
         return runs
 
+    def _codes_alone(self, index: int, codes: list[int]) -> list[int]:
+        """A turn's marks where the conversation ends with it; `codes` where that is refused."""
+        try:
+            return [mark.code for mark in self.locator.prefix(index + 1, False).of(index)]
+        except CalibrationError:
+            return codes
+
     # each of these returns a length: of the header from the mark before it, of the closing from the mark before it
 
     def _start(self, index: int, before: int, start: int) -> int:
         gap, header = self.text[before:start], self.frame.header
-        if index:
-            asked, plain = self._tail(index, True), self._tail(index, False)
+        asked, plain = self._tail(index, True), self._tail(index, False)
+        if asked is not None and plain is not None:
             length = len(_shared_start(asked, gap))
             if length > len(plain) or (not header and length == len(asked) == len(plain)):
                 return length
@@ -187,9 +194,14 @@ class TurnFinder:
         start = len(_shared_start(asked, marked.text))
         return marked.text[start : own[0].position] if question[-1].position <= start <= own[0].position else ""
 
-    def _tail(self, count: int, prompt: bool) -> str:
-        """What is after the last mark of the first messages."""
-        marked = self.locator.prefix(count, prompt)
+    def _tail(self, count: int, prompt: bool) -> str | None:
+        """What is after the last mark of the first messages; None where the template refuses them alone."""
+        if not count:
+            return None
+        try:
+            marked = self.locator.prefix(count, prompt)
+        except CalibrationError:
+            return None
         return marked.text[marked.marks[-1].position if marked.marks else 0 :]
 
     def _end(self, index: int, last: Mark, after: int) -> int:
@@ -247,7 +259,10 @@ class TurnFinder:
         if after < before or not index:
             raise _lost(f"where the turn of message {index + 1} is")
         gap = self.text[before:after]
-        asked, alone = self._tail(index, True), self._tail(index + 1, False).removesuffix(self.frame.trailer)
+        asked, alone = self._tail(index, True), self._tail(index + 1, False)
+        if asked is None or alone is None:
+            raise _lost(f"where the turn of message {index + 1} is")
+        alone = alone.removesuffix(self.frame.trailer)
         start = len(_shared_start(asked, gap))
         end = len(_shared_start(alone, gap))
         if alone[end:].strip():

@@ -38,7 +38,7 @@ _SOURCE_LIMIT = 1 << 20
 _NUMBER_LIMIT = 100_000  # a width, a precision, an indent, a length
 _BITS_LIMIT = 1 << 14  # of an integer
 _LIST_METHODS = frozenset(("append", "extend", "insert", "pop", "remove", "clear", "reverse", "sort"))
-_WIDTHS = re.compile(r"\d{6}")
+_WIDTHS = re.compile(r"\d{6}|\{[^{}]*:[^{}]*\{")  # six digits, or one that is an argument
 
 
 class InputList(list[Any]):
@@ -356,7 +356,7 @@ def _check_arguments(name: str, value: Any, args: Sequence[Any], kwargs: dict[st
     if any(isinstance(arg, int) and abs(arg) > _NUMBER_LIMIT for arg in given):
         raise SecurityError(f"{name} is given a number beyond {_NUMBER_LIMIT}")
     if name in ("format", "format_map") and _WIDTHS.search(str(value)):
-        raise SecurityError(f"{name} is given a width of six digits or more")
+        raise SecurityError(f"{name} is given a width of six digits or more, or one from an argument")
     if name == "replace" and len(given) > 1 and isinstance(value, str):
         old, new = str(given[0]), str(given[1])
         _budget().check(value.count(old) * len(new))
