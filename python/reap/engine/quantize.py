@@ -197,8 +197,8 @@ def _check_imatrix(model: GGUFModel, matrix: Imatrix) -> list[str]:
             )
     if not n_found:
         raise MismatchError(f"{matrix.file.path}: speaks of no tensor of {model.path}")
-    n_unclaimed = len(matrix.entries) - n_found
-    return [f"the importance matrix speaks of {n_unclaimed} tensors that the model does not have"] if n_unclaimed else []
+    n_absent = len(matrix.entries) - n_found
+    return [f"the importance matrix speaks of {n_absent} tensors that the model does not have"] if n_absent else []
 
 
 def _read_back(temporary: Path, target: Path, n_tensors: int) -> tuple[dict[str, int], int]:
