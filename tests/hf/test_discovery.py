@@ -171,7 +171,7 @@ def test_what_is_no_folder_of_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("letter")
     for path, message in (
         (tmp_path / "file", "is a text file, where a Hugging Face checkpoint was expected"),
-        (tmp_path / "absent", "no directory, where"),
+        (tmp_path / "absent", "no such file; a Hugging Face checkpoint was expected"),
         (tmp_path, r"it has no config\.json"),
     ):
         with pytest.raises(UsageError, match=message):
