@@ -323,7 +323,7 @@ def test_wrong_calls(tmp_path: Path, checkpoint: Path, out: Path) -> None:
         convert_checkpoint(checkpoint, target, outtype="f8")
     with pytest.raises(UsageError, match="pre is '--mmproj'"):
         convert_checkpoint(checkpoint, target, pre="--mmproj")
-    with pytest.raises(UsageError, match="no directory, where a Hugging Face checkpoint"):
+    with pytest.raises(UsageError, match="no such file, where a Hugging Face checkpoint"):
         convert_checkpoint(tmp_path / "nowhere", target)
     with pytest.raises(UsageError, match=r"no config\.json"):
         convert_checkpoint(out, target)

@@ -561,7 +561,7 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             prune(source, output, plan_of(), **options)
-    for wrong, message in ((tmp_path / "absent", "no directory"), (tmp_path / "home", r"has no config\.json")):
+    for wrong, message in ((tmp_path / "absent", "no such file"), (tmp_path / "home", r"has no config\.json")):
         with pytest.raises(UsageError, match=message):
             prune(wrong, tmp_path / "out", plan_of())
     assert (tmp_path / "home" / "letters.txt").read_text() == "precious"
