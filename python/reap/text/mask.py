@@ -152,18 +152,21 @@ class TurnFinder:
         runs = runs[:1] + [run for run in runs[1:] if any(marks[i].name != "name" for i in range(run[0], run[1] + 1))]
         codes = [marks[i].code for i in range(runs[0][0], runs[0][1] + 1)] if runs else []
         if len(set(codes)) < len(codes):
-            own = self._codes_alone(index, codes)
-            while len(codes) > 1 and codes.count(codes[-1]) > own.count(codes[-1]):
-                codes.pop()
-            runs[0] = (runs[0][0], runs[0][0] + len(codes) - 1)
+            key = ("own", self._kind(index), tuple(code - codes[0] for code in codes))
+            runs[0] = (runs[0][0], runs[0][0] + self._remember(key, self._own, index, codes) - 1)
         return runs
 
-    def _codes_alone(self, index: int, codes: list[int]) -> list[int]:
-        """A turn's marks where the conversation ends with it; `codes` where that is refused."""
+    def _own(self, index: int, codes: list[int]) -> int:
+        """How many of these marks are the turn's own, and not beside the results of its calls: as many as there are
+        where the conversation ends with it."""
         try:
-            return [mark.code for mark in self.locator.prefix(index + 1, False).of(index)]
+            alone = [mark.code for mark in self.locator.prefix(index + 1, False).of(index)]
         except CalibrationError:
-            return codes
+            return len(codes)
+        count = len(codes)
+        while count > 1 and codes[:count].count(codes[count - 1]) > alone.count(codes[count - 1]):
+            count -= 1
+        return count
 
     # each of these returns a length: of the header from the mark before it, of the closing from the mark before it
 
