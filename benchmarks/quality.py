@@ -104,7 +104,7 @@ class Jury:
 
     def _losses(self, plan: Any) -> dict[str, Any]:
         text = self.judge.text
-        losses = -self.judge.measure(plan).log_probs.reshape(len(text.windows), -1)
+        losses = -self.judge.token_scores(plan).log_probs.reshape(len(text.windows), -1)
         if not text.domains:
             return {self.domains[0]: losses}
         return {domain: losses[[name == domain for name in text.domain_of]] for domain in self.domains}

@@ -212,6 +212,22 @@ BENCHMARKS = (
         quick="benchmarks/refine_noise.py --moves 2",
     ),
     Benchmark(
+        "refine_safety",
+        "plan --refine over seeds and budgets, on held-out text",
+        "the best plain criterion",
+        90,
+        "benchmarks/refine_safety.py",
+        (
+            Figure(
+                "searches that made things worse",
+                r"worse than the start by more than a standard error: # of #; the worst # standard errors; # of",
+                "{0} of {1}; {3} took what was found",
+            ),
+        ),
+        _JUDGING,
+        quick="benchmarks/refine_safety.py --seeds 1 --passes 1 --every 20",
+    ),
+    Benchmark(
         "report_speed",
         "the page of 60 layers of 512 experts",
         "a fresh browser",

@@ -39,12 +39,12 @@ def seconds(work: Callable[[], object]) -> float:
 def show_speed(judge: PlanEvaluator, plan: reap.PrunePlan, rounds: int) -> None:
     """Ratios of paired runs over the text."""
     reference = judge.reference()
-    judge.measure(plan)  # the survey
+    judge.token_scores(plan)  # the survey
     runs = [
         (
-            seconds(judge.measure),
-            seconds(lambda: judge.measure(plan)),
-            seconds(lambda: judge.measure(plan, reference=reference)),
+            seconds(judge.token_scores),
+            seconds(lambda: judge.token_scores(plan)),
+            seconds(lambda: judge.token_scores(plan, reference=reference)),
         )
         for _ in range(rounds)
     ]

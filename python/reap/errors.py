@@ -71,3 +71,5 @@ class Interrupted(ReapError):
     """Stopped by the user. The message says what was kept and how to go on."""
 
     exit_code = 130
+    result: object = None
+    """What there is so far, where that can be used: of `sweep` the table."""

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import reap
+from helpers.architectures import write_model
 from helpers.gguf_builder import build_moe
 from helpers.llama_tools import require_tool
 from reap.cli import main
 from reap.engine.options import EngineOptions
-from reap.engine.session import SessionTokenizer, open_session
-from reap.errors import CalibrationError, MismatchError, UsageError
+from reap.engine.session import SessionTokenizer, default_context, open_session
+from reap.errors import CalibrationError, MismatchError, ReapWarning, UnsupportedModelError, UsageError
 from reap.evaluation.evaluate import evaluate
 from reap.evaluation.plan_evaluator import PlanEvaluator
 from reap.evaluation.quality_metrics import QualityMetrics
@@ -114,11 +115,12 @@ def test_agreement_is_that_of_llama_perplexity(model: Path, small: Path, text: P
     found = evaluate(small, text, reference=model, threads=1, flash_attn="off")
     assert found.perplexity == pytest.approx(theirs[names[0]][0], rel=1e-5)
     assert found.perplexity_ratio == pytest.approx(theirs[names[1]][0], rel=1e-4)
-    assert found.ratio_stderr == pytest.approx(float(theirs[names[1]][1]), rel=0.01)
+    # ours allows for what the tokens of a window have in common, so it is the larger
+    assert found.ratio_stderr >= float(theirs[names[1]][1]) * 0.99
     ours = (found.kl_mean, found.kl_max, found.kl_p99, found.kl_p95, found.kl_p90, found.kl_median)
     for name, value in zip(names[2:8], ours, strict=True):
         assert value == pytest.approx(theirs[name][0], abs=2.4e-4, rel=1e-3), name
-    assert found.kl_stderr == pytest.approx(float(theirs[names[2]][1]), rel=0.01)
+    assert found.kl_stderr >= float(theirs[names[2]][1]) * 0.99
     assert 100 * found.top1 == pytest.approx(theirs["Same top p"][0], abs=0.1)
     assert 100 * found.top1_stderr == pytest.approx(float(theirs["Same top p"][1]), abs=0.01)
 
@@ -187,16 +189,16 @@ def test_domains_are_the_files_alone(model: Path, plan: PrunePlan, text: Path, t
     assert both.kl_mean == pytest.approx(weighted)
 
 
-def test_a_judge_loads_once_and_forgets_each_plan(model: Path, plan: PrunePlan, text: Path) -> None:
-    judge = PlanEvaluator(model, text, EngineOptions(ctx_size=512, threads=1), max_windows=3)
-    whole = judge.score()
-    first = judge.score(plan)
+def test_an_evaluator_loads_once_and_forgets_each_plan(model: Path, plan: PrunePlan, text: Path) -> None:
+    evaluator = PlanEvaluator(model, text, EngineOptions(ctx_size=512, threads=1), max_windows=3)
+    whole = evaluator.score()
+    first = evaluator.score(plan)
     other = PrunePlan(plan.model, "other", 8, {layer: tuple(range(8)) for layer in plan.layers})
-    assert judge.score(other).perplexity != first.perplexity
-    again = judge.score(plan)
+    assert evaluator.score(other).perplexity != first.perplexity
+    again = evaluator.score(plan)
     assert {name: getattr(again, name) for name in COMPARED} == {name: getattr(first, name) for name in COMPARED}
-    assert judge.score().perplexity == whole.perplexity == pytest.approx(first.reference_perplexity, rel=1e-9)
-    assert judge.reference() is judge.reference()
+    assert evaluator.score().perplexity == whole.perplexity == pytest.approx(first.reference_perplexity, rel=1e-9)
+    assert evaluator.reference() is evaluator.reference()
     assert first.windows == 3
     assert first.tokens == 3 * 255
 
@@ -218,16 +220,16 @@ def test_less_memory_for_the_reference_makes_the_divergence_a_little_smaller(
 
 
 def test_continuations_are_the_most_probable_tokens(model: Path, plan: PrunePlan, text: Path) -> None:
-    judge = PlanEvaluator(model, text, EngineOptions(ctx_size=512, threads=1), max_windows=1)
-    found = judge.continuations(plan)
+    evaluator = PlanEvaluator(model, text, EngineOptions(ctx_size=512, threads=1), max_windows=1)
+    found = evaluator.continuations(plan)
     session = open_session(model, EngineOptions(ctx_size=512, threads=1))
     session.set_kept({layer: list(kept) for layer, kept in plan.layers.items()})
-    tokens = judge.text.windows[0][:64].tolist()
+    tokens = evaluator.text.windows[0][:64].tolist()
     for expected in found.tokens[0][:20]:
         best = int(session.logits(np.array(tokens, dtype=np.int32), len(tokens) - 1)[0].argmax())
         assert best == expected
         tokens.append(best)
-    assert judge.continuations() is judge.continuations()
+    assert evaluator.continuations() is evaluator.continuations()
 
 
 def test_loops_beside_the_reference(model: Path, plan: PrunePlan, text: Path) -> None:
@@ -327,3 +329,60 @@ def test_texts_that_cannot_be_used(model: Path, tmp_path: Path) -> None:
         evaluate(model, tmp_path / "nowhere.txt")
     with pytest.raises(UsageError, match="ctx_size is 2"):
         evaluate(model, short, ctx_size=2)
+
+
+# ---- what is said, and what is refused
+
+
+def test_what_the_engine_warns_of_is_said_once_and_kept(model: Path, plan: PrunePlan, text: Path) -> None:
+    """A context beyond what the model was trained with."""
+    with pytest.warns(ReapWarning) as caught:
+        found = evaluate(model, text, plan=plan, ctx_size=1024, threads=1)
+    said = [str(one.message) for one in caught]
+    assert len(said) == len(set(said))
+    assert any("512" in line for line in said)
+    assert set(said) <= set(found.warnings)
+
+
+def test_the_default_context_is_not_beyond_training(model: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
+    info = reap.inspect(model)
+    assert default_context(info, 512) == 512
+    assert default_context(info, 2048) == info.context_length == 512
+    assert default_context(replace(info, context_length=0), 512) == 512
+    monkeypatch.setattr("reap.evaluation.evaluate.inspect", lambda _: replace(info, context_length=128))
+    assert evaluate(model, text, threads=1, max_tokens=256).ctx_size == 128
+
+
+def test_a_batch_size_takes_no_memory_and_is_said_to_change_nothing(model: Path, text: Path) -> None:
+    evaluator = PlanEvaluator(model, text, EngineOptions(ctx_size=128, threads=1, batch_size=4096), max_windows=1)
+    assert evaluator._session.batch_size == 128
+    assert any(line.startswith("batch_size changes nothing") for line in evaluator.warnings)
+
+
+def test_about_so_many_tokens_spread_over_each_domain(model: Path, text: Path) -> None:
+    texts = [text, DATA / "heldout" / "c.txt"]
+    found = evaluate(model, texts, ctx_size=128, threads=1, max_tokens=1280)
+    assert 9 <= found.windows <= 11
+    assert set(found.domains) == {"text", "c"}
+    with pytest.raises(UsageError, match="max_tokens is 0, expected at least 1"):
+        evaluate(model, texts, threads=1, max_tokens=0)
+
+
+def test_a_text_that_the_plan_has_seen_is_said(model: Path, tmp_path: Path) -> None:
+    """Not the file itself, but a part of it: the plan carries the calibration's sketch."""
+    calibration = DATA / "calibration.jsonl"
+    made = make_plan(profile(model, calibration, max_tokens=20_000, threads=1), keep=0.5)
+    lines = calibration.read_text(encoding="utf-8").splitlines()[:40]
+    leaky = tmp_path / "leaky.txt"
+    leaky.write_text("\n".join(json.loads(line)["text"] for line in lines), encoding="utf-8")
+    found = evaluate(model, leaky, plan=made, threads=1, max_tokens=4096)
+    assert [line for line in found.warnings if "of it was in the calibration" in line]
+
+
+def test_a_model_that_sees_what_follows_has_no_perplexity(tmp_path: Path) -> None:
+    """Found by what it does, not by its name."""
+    diffusion = write_model(require_tool("test-llama-archs"), "llada-moe", tmp_path)
+    tokens = tmp_path / "tokens.jsonl"
+    tokens.write_text(json.dumps({"tokens": [index % 100 for index in range(300)]}), encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match=r"llada-moe sees the tokens that follow \(a diffusion model\)"):
+        evaluate(diffusion, tokens, ctx_size=64, threads=1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from reap.evaluation.paired_difference import paired_difference
 from reap.evaluation.quality_metrics import (
-    Measurement,
     Predictions,
     QualityMetrics,
+    TokenScores,
+    compare_predictions,
     divergence,
-    figures,
-    measure,
     perplexity_of,
+    quality_metrics,
 )
 
 N_POSITIONS, N_VOCAB = 40, 50
@@ -81,8 +82,8 @@ def test_a_rest_that_rounding_left_empty() -> None:
 def test_all_figures() -> None:
     p, q = distributions(1), distributions(2, 1.0)
     q[:20] = p[:20]
-    measured = measure([predictions(q)], [predictions(p)])
-    found = figures(measured)
+    measured = compare_predictions([predictions(q)], [predictions(p)])
+    found = quality_metrics(measured)
     kl = np.array(naive_divergence(p, q))
     change = np.log(q[:, 7] / p[:, 7])
     assert found.tokens == N_POSITIONS
@@ -101,17 +102,30 @@ def test_all_figures() -> None:
     assert found.kl_rest == 0
 
 
-def test_parts_are_those_tokens() -> None:
-    measured = measure([predictions(distributions(2))], [predictions(distributions(1))])
-    chosen = np.arange(N_POSITIONS) % 3 == 0
-    found = figures(measured.part(chosen))
-    assert measured.kl is not None
-    assert found.tokens == chosen.sum()
-    assert found.kl_mean == pytest.approx(measured.kl[chosen].mean())
+def test_parts_are_those_windows() -> None:
+    model, reference = [[predictions(distributions(seed)) for seed in seeds] for seeds in ((2, 4, 6), (1, 3, 5))]
+    scores = compare_predictions(model, reference)
+    found = quality_metrics(scores.part(np.array([True, False, True])))
+    assert found == quality_metrics(compare_predictions([model[0], model[2]], [reference[0], reference[2]]))
+    assert found.tokens == 2 * N_POSITIONS
+    assert found.kl_mean == pytest.approx(scores.divergence()[[0, 2]].mean())
+
+
+def test_tokens_of_a_window_that_go_together_make_a_comparison_less_sure() -> None:
+    """evaluate and sweep have one rule for errors: that of paired_difference."""
+    rng = np.random.default_rng(0)
+    reference = rng.normal(-3, 1, (12, 50))
+    found = reference + rng.normal(-0.2, 0.3, (12, 1))
+    scores = TokenScores(found, reference, found**2, np.ones(found.shape, dtype=np.bool_), np.zeros(found.shape))
+    metrics = quality_metrics(scores)
+    rule = paired_difference(-found, -reference)
+    assert metrics.ratio_stderr == pytest.approx(metrics.perplexity_ratio * rule.stderr)
+    assert rule.stderr == pytest.approx((found - reference)[:, 0].std(ddof=1) / np.sqrt(12))
+    assert metrics.kl_stderr == pytest.approx(paired_difference(found**2, np.zeros(found.shape)).stderr)
 
 
 def test_without_a_reference() -> None:
-    found = figures(Measurement(np.log(np.array([0.5, 0.25]))))
+    found = quality_metrics(TokenScores(np.log(np.array([[0.5, 0.25]]))))
     assert found == QualityMetrics(tokens=2, perplexity=found.perplexity, stderr=found.stderr)
     assert found.perplexity == pytest.approx(8**0.5)
 

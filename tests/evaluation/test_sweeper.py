@@ -1,4 +1,4 @@
-"""The logic of a sweep, with a judge that needs no model: what is measured, which sizes are found, who wins and how
+"""The logic of a sweep, with a evaluator that needs no model: what is measured, which sizes are found, who wins and how
 surely."""
 
 from __future__ import annotations
@@ -16,19 +16,12 @@ from hypothesis import strategies as st
 
 from helpers.profiles import make_profile
 from reap.errors import UsageError
+from reap.evaluation.candidates import Candidate, Choices
+from reap.evaluation.keep_limits import allowed_keeps, largest, parse_increase, smallest
 from reap.evaluation.paired_difference import paired_difference
-from reap.evaluation.sweep import (
-    Candidate,
-    Choices,
-    Measured,
-    Sweeping,
-    Table,
-    allowed_keeps,
-    largest,
-    margin_between,
-    parse_increase,
-    smallest,
-)
+from reap.evaluation.quality_metrics import TokenScores
+from reap.evaluation.sweep_rows import Table, margin_between
+from reap.evaluation.sweep_run import SweepRun
 from reap.scores.plan import PrunePlan, plan
 from reap.scores.profile import Profile
 
@@ -42,7 +35,7 @@ def router(n_experts: int, n_experts_used: int = 1, n_groups: int = 1, n_groups_
     )
 
 
-class FakeJudge:
+class FakeEvaluator:
     """Each token loses 0.1 for every expert that is gone, and as much again as `penalty` says; every second window is
     of domain "b"."""
 
@@ -52,14 +45,14 @@ class FakeJudge:
         self.penalty = penalty
         self.asked: list[PrunePlan | None] = []
 
-    def measure(self, candidate: PrunePlan | None) -> Measured:
+    def token_scores(self, candidate: PrunePlan | None) -> TokenScores:
         self.asked.append(candidate)
         rng = np.random.default_rng(0)
         loss = 2 + rng.random((N_WINDOWS, N_SCORED))
         if candidate is not None:
             loss = loss + 0.1 * (candidate.n_experts - candidate.keep) + self.penalty(candidate)
             loss[1::2] += 0.05
-        return Measured(-loss, np.full(loss.shape, 0.25), np.ones(loss.shape))
+        return TokenScores(-loss, kl=np.full(loss.shape, 0.25), same_top=np.ones(loss.shape, dtype=np.bool_))
 
 
 def choices_of(profile: Profile, metrics: Sequence[str] = ("reap", "frequency"), seeds: int = 1) -> Choices:
@@ -67,10 +60,10 @@ def choices_of(profile: Profile, metrics: Sequence[str] = ("reap", "frequency"),
     return Choices(profile, metrics, seeds, keeps, plan, lambda made: 1000 + 100 * made.keep + len(made.metric))
 
 
-def sweeping(judge: FakeJudge, choices: Choices) -> Sweeping:
-    table = Table(judge)
+def sweeping(evaluator: FakeEvaluator, choices: Choices) -> SweepRun:
+    table = Table(evaluator)
     table.add_baseline(choices.profile.n_experts, 2000)
-    return Sweeping(choices, table)
+    return SweepRun(choices, table)
 
 
 # ---- bisection
@@ -117,9 +110,9 @@ def test_no_increase(text: str | float) -> None:
 
 
 def test_rows_of_the_whole_text_and_of_each_domain() -> None:
-    judge = FakeJudge()
-    run = sweeping(judge, choices_of(make_profile()))
-    run.measure(run.choices.at("reap", 4))
+    evaluator = FakeEvaluator()
+    run = sweeping(evaluator, choices_of(make_profile()))
+    run.try_all(run.choices.at("reap", 4))
     assert [(row.metric, row.domain) for row in run.table.rows] == [
         ("baseline", None),
         ("baseline", "a"),
@@ -129,7 +122,7 @@ def test_rows_of_the_whole_text_and_of_each_domain() -> None:
         ("reap", "b"),
     ]
     base, whole, a, b = (run.table.rows[index] for index in (0, 3, 4, 5))
-    loss = -judge.measure(None).log_probs
+    loss = -evaluator.token_scores(None).log_probs
     assert base.perplexity == pytest.approx(np.exp(loss.mean()))
     assert base.stderr == pytest.approx(np.exp(loss.mean()) * loss.std() / np.sqrt(loss.size - 1))
     assert (base.loss_increase, base.loss_increase_stderr) == (0.0, 0.0)
@@ -143,18 +136,18 @@ def test_rows_of_the_whole_text_and_of_each_domain() -> None:
 
 
 def test_nothing_is_measured_twice() -> None:
-    judge = FakeJudge()
-    run = sweeping(judge, choices_of(make_profile(), ("random",), seeds=3))
-    run.measure(run.choices.at("random", 4))
-    run.measure(run.choices.at("random", 4))
-    assert len(judge.asked) == 1 + 3
+    evaluator = FakeEvaluator()
+    run = sweeping(evaluator, choices_of(make_profile(), ("random",), seeds=3))
+    run.try_all(run.choices.at("random", 4))
+    run.try_all(run.choices.at("random", 4))
+    assert len(evaluator.asked) == 1 + 3
     assert [row.seed for row in run.table.rows if row.metric == "random" and row.domain is None] == [0, 1, 2]
 
 
 def test_a_single_domain_is_no_domain() -> None:
-    judge = FakeJudge()
-    judge.domains = ("a",) * N_WINDOWS
-    run = sweeping(judge, choices_of(make_profile()))
+    evaluator = FakeEvaluator()
+    evaluator.domains = ("a",) * N_WINDOWS
+    run = sweeping(evaluator, choices_of(make_profile()))
     assert [row.domain for row in run.table.rows] == [None]
 
 
@@ -177,8 +170,8 @@ def test_a_clear_winner_and_none() -> None:
     def penalty(made: PrunePlan) -> float:
         return {"reap": 0.0, "frequency": 0.3}[made.metric]
 
-    run = sweeping(FakeJudge(penalty), choices_of(make_profile()))
-    run.measure([*run.choices.at("reap", 4), *run.choices.at("frequency", 4), *run.choices.at("reap", 6)])
+    run = sweeping(FakeEvaluator(penalty), choices_of(make_profile()))
+    run.try_all([*run.choices.at("reap", 4), *run.choices.at("frequency", 4), *run.choices.at("reap", 6)])
     verdicts = run.table.verdicts()
     assert [(verdict.keep, verdict.domain) for verdict in verdicts] == [
         (4, None),
@@ -187,8 +180,8 @@ def test_a_clear_winner_and_none() -> None:
     ]  # alone at 6, nobody wins
     assert {(verdict.metric, verdict.runner_up, verdict.clear) for verdict in verdicts} == {("reap", "frequency", True)}
     assert verdicts[0].margin == pytest.approx(0.3)
-    even = sweeping(FakeJudge(), choices_of(make_profile()))
-    even.measure([*even.choices.at("reap", 4), *even.choices.at("frequency", 4)])
+    even = sweeping(FakeEvaluator(), choices_of(make_profile()))
+    even.try_all([*even.choices.at("reap", 4), *even.choices.at("frequency", 4)])
     assert not even.table.verdicts()[0].clear
 
 
@@ -222,8 +215,8 @@ def test_the_scatter_of_seeds_counts() -> None:
 
 
 def test_the_largest_that_fits() -> None:
-    judge = FakeJudge()
-    run = sweeping(judge, choices_of(make_profile()))
+    evaluator = FakeEvaluator()
+    run = sweeping(evaluator, choices_of(make_profile()))
     found = run.choices.largest_within(1610)
     assert {metric: items[0].plan.keep for metric, items in found.items()} == {"reap": 6, "frequency": 6}
     # its name is longer: 1609 bytes
@@ -231,7 +224,7 @@ def test_the_largest_that_fits() -> None:
         "reap": 6,
         "frequency": 5,
     }
-    assert len(judge.asked) == 1  # sizes are computed, not measured
+    assert len(evaluator.asked) == 1  # sizes are computed, not measured
     run.fit_size(1608, run.choices.largest_within(1608))
     assert [(item.kind, item.limit, item.metric, item.keep, item.bytes) for item in run.targets] == [
         ("size", 1608.0, "reap", 6, 1604),
@@ -251,7 +244,7 @@ def test_a_size_that_cannot_be_reached() -> None:
 @pytest.mark.parametrize(("increase", "keep"), [(0.0, 8), (0.12, 8), (0.14, 7), (0.5, 5), (10.0, 2)])
 def test_the_fewest_experts_within_a_perplexity(increase: float, keep: int) -> None:
     run = sweeping(
-        FakeJudge(), choices_of(make_profile(), ("reap",))
+        FakeEvaluator(), choices_of(make_profile(), ("reap",))
     )  # each expert less costs 0.1 nats, and 0.025 for the first
     run.fit_perplexity(increase)
     assert [(item.kind, item.limit, item.metric, item.keep) for item in run.targets] == [
@@ -265,15 +258,15 @@ def test_the_fewest_experts_within_a_perplexity(increase: float, keep: int) -> N
 
 def test_every_row_is_reported() -> None:
     rows: list[int] = []
-    run = sweeping(FakeJudge(), choices_of(make_profile()))
+    run = sweeping(FakeEvaluator(), choices_of(make_profile()))
     run.after_each = lambda: rows.append(len(run.table.rows))
-    run.measure(candidate for keep in (6, 4) for candidate in run.choices.at("reap", keep))
+    run.try_all(candidate for keep in (6, 4) for candidate in run.choices.at("reap", keep))
     assert rows == [6, 9]
 
 
 def test_groups_of_a_router_are_respected() -> None:
     profile = make_profile(n_experts=16, model={"n_groups": 4, "n_groups_used": 2})
-    run = sweeping(FakeJudge(), choices_of(profile, ("reap",)))
+    run = sweeping(FakeEvaluator(), choices_of(profile, ("reap",)))
     run.fit_perplexity(0.6)
     assert run.targets[0].keep == 12
     assert isinstance(run.choices.candidate("reap", 8), Candidate)

@@ -235,22 +235,17 @@ def test_only_some_modules_import_torch() -> None:
         assert not {"torch", "transformers"} & {name.partition(".")[0] for name in names}, dotted(path)
 
 
-# Still to be divided.
-TOO_LONG = {"evaluation.refine", "evaluation.sweep"}
-
-
 def test_a_newcomer_sees_the_rooms() -> None:
     built = {"_converter", "licenses", "__pycache__"}
     entries = [path.name for path in PACKAGE.iterdir() if path.name not in built and ".so" not in path.name]
     assert len(entries) <= 20, entries
     for path in sources():
-        if dotted(path) not in TOO_LONG:
-            assert len(path.read_text().splitlines()) <= 450, f"{dotted(path)} is too long"
+        assert len(path.read_text().splitlines()) <= 450, f"{dotted(path)} is too long"
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
-                assert length <= 60 or dotted(path) in TOO_LONG, f"{dotted(path)}: {node.name} has {length} lines"
+                assert length <= 60, f"{dotted(path)}: {node.name} has {length} lines"
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

@@ -199,6 +199,22 @@ def test_a_text_file_is_one_sample_in_windows(tmp_path: Path, monkeypatch: pytes
         assert calibration.summary()["sha256"] == [hashlib.sha256(text.encode()).hexdigest()]
 
 
+def test_what_ends_a_text_comes_at_its_end_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where a long file is cut into parts, for tokenizers that add an end-of-text token."""
+
+    class Ending(ByteTokenizer):
+        def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+            ids = super().tokenize(text, add_special=add_special, parse_special=parse_special)
+            return [*ids, 257] if add_special else ids
+
+    (tmp_path / "t.txt").write_text("a line of a text\n" * 50)
+    whole = Ending().tokenize("a line of a text\n" * 50, add_special=True, parse_special=True)
+    for block in (4 << 20, 64, 7):
+        monkeypatch.setattr("reap.text.samples.BLOCK", block)
+        windows = windows_of(tmp_path / "t.txt", Ending(), ctx_size=100)
+        assert [int(token) for w in windows for token in w.tokens] == whole
+
+
 def test_a_text_without_lines_is_still_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reap.text.samples.BLOCK", 64)
     monkeypatch.setattr("reap.text.samples.LINE_LIMIT", 100)

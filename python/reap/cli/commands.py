@@ -202,28 +202,31 @@ def _path_of(text: str) -> Path:
 def _engine_family(ctx_size: int | None) -> _Family:
     if ctx_size is None:
         raise TypeError("a command with the engine's options says its ctx_size")
-    own = [_engine_parameter(it, ctx_size if it.name == "ctx_size" else it.default) for it in engine_fields()]
+    own = [_engine_parameter(it, ctx_size if it.name == "ctx_size" else None) for it in engine_fields()]
     habits = [Parameter.of(name, hint, None) for name, hint in ENGINE_HABITS.items()]
     return _Family(_engine_arguments, (*own, *habits))
 
 
-def _engine_parameter(field: EngineField, default: Any) -> Parameter:
-    """How a command takes one of them."""
+def _engine_parameter(field: EngineField, usual: int | None) -> Parameter:
+    """How a command takes one of them. usual: what the library takes where none is given, unless a model was trained
+    with less."""
     holds, option = field.option.holds, field.option
     kind: Any = list[str] if isinstance(holds, Listed) else int if isinstance(holds, Whole) else str
-    default = None if isinstance(holds, Listed) else default
+    default = None if isinstance(holds, Listed) or usual is not None else field.default
     words = values_of(*holds.choices) if isinstance(holds, Word) and holds.choices else None
     if field.name == "devices":
         words = device_names()
     names = [name for name in (field.flag, option.short) if name is not None]
-    info = typer.Option(*names, metavar=option.metavar, help=option.help, autocompletion=words)
+    shown = True if usual is None else str(usual)
+    info = typer.Option(*names, metavar=option.metavar, help=option.help, autocompletion=words, show_default=shown)
     return Parameter(field.name, kind if default is not None else kind | None, info, default)
 
 
 def _engine_arguments(values: dict[str, Any]) -> EngineArguments:
     """What a command was given, checked under the names that it was given by."""
     placed = engine_habits(values)
-    given = {it.name: _engine_value(it, values[it.name]) for it in engine_fields()}
+    fields = [it for it in engine_fields() if it.name != "ctx_size" or values[it.name] is not None]
+    given = {it.name: _engine_value(it, values[it.name]) for it in fields}
     given["override_tensors"] = (*given["override_tensors"], *placed)
     return typing.cast("EngineArguments", given)
 

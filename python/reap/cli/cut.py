@@ -19,15 +19,17 @@ from reap.cli.options import (
     AllowMismatch,
     DryRun,
     Force,
+    GoesOn,
     Json,
     Model,
-    OptionalOutput,
     PlanChoice,
     ProfilePath,
     Protect,
+    ResumableOutput,
     Seed,
     SuperExperts,
     Verify,
+    check_resumable,
     parse_keep,
     parse_metric,
     parse_time,
@@ -89,12 +91,12 @@ class Refinement:
         READS,
     ] = None
 
-    def check(self, model: Path | None) -> None:
+    def check(self, model: Path | None, resume: bool) -> None:
         """UsageError where an option is missing that another needs."""
         if self.refine is not None and (model is None or not self.text):
             raise UsageError("--refine needs --model MODEL, which is run, and --text TEXT, calibration text")
-        if self.refine is None and self.text:
-            raise UsageError("--text is for --refine TIME")
+        if self.refine is None and (self.text or resume):
+            raise UsageError(f"{'--text' if self.text else '--resume'} is for --refine TIME")
 
 
 @PANEL.command("reap plan model.reap.json --keep 0.5 -o plan.json", ctx_size=EVALUATION_CTX_SIZE)
@@ -102,13 +104,14 @@ def plan(
     profile: ProfilePath,
     selection: Selection,
     search: Refinement,
-    output: OptionalOutput = None,
+    output: ResumableOutput = None,
     model: Annotated[
         Path | None,
         typer.Option("--model", "-m", metavar="MODEL", help="A GGUF file: for its exact size, and for --refine."),
         READS,
     ] = None,
     allow_mismatch: AllowMismatch = False,
+    resume: GoesOn = False,
     force: Force = False,
     json: Json = False,
     *,
@@ -119,9 +122,11 @@ def plan(
     With --refine the choice begins with the criterion that does best on --text (or with --metric) and is improved by
     what the loss says; the engine's options are for that.
     """
-    search.check(model)
+    search.check(model, resume)
+    check_resumable(output, force=force, resume=resume)
     measured = reap.Profile.load(profile)
-    made = _made_plan(measured, selection, search, model, output, allow_mismatch, engine)
+    run = {"output": output, "resume": resume, "allow_mismatch": allow_mismatch, **engine}
+    made = _made_plan(measured, selection, search, model, run)
     from reap.pruning.gguf import size_after
 
     sizes = None
@@ -142,15 +147,13 @@ def _made_plan(
     selection: Selection,
     search: Refinement,
     model: Path | None,
-    output: Path | None,
-    allow_mismatch: bool,
-    engine: EngineArguments,
+    run: dict[str, Any],
 ) -> PrunePlan:
     metric, chosen = parse_metric(selection.metric), selection.arguments()
     if search.refine is None or model is None:
         return reap.plan(measured, metric=metric or "reap", blend=selection.blend or "sum", **chosen)
     seconds = parse_time(search.refine)
-    more: dict[str, Any] = {**chosen, **engine}
+    more: dict[str, Any] = {**chosen, **run}
     with progress_bar("refining") as progress:
         return reap.refine(
             model,
@@ -159,8 +162,6 @@ def _made_plan(
             seconds=seconds,
             metric=metric,
             blend=selection.blend,
-            output=output,
-            allow_mismatch=allow_mismatch,
             progress=progress,
             **more,
         )
@@ -195,19 +196,19 @@ def _refinement_facts(record: dict[str, Any] | None) -> list[tuple[str, object]]
         f" passes over {record['windows']} of the text's {record['windows_of_the_text']} windows,"
         f" {record['seconds']:.0f} s"
     )
+    if record["result"] == "start":
+        done += f"; nothing clearly better than {record['best_criterion']} was found, so its choice stays"
     measured = [
         (
             what,
-            (
-                f"{record[f'{key}_after']:.4g}, by {record['best_criterion']} alone {record[f'{key}_before']:.4g}, on"
-                " that text"
-            ),
+            f"{record[f'{key}_after']:.4g}, by {record['best_criterion']} alone {record[f'{key}_before']:.4g}, on the"
+            f" {record['windows_divided']['hold_out']} windows that the search did not see",
         )
         for key, what in (("kl", "divergence"), ("perplexity", "perplexity"))
     ]
     return [
         ("refined", f"from {record['start']}: {done}"),
-        *measured,
+        *(measured if record["result"] == "refined" else []),
         ("next", "judge it on other text: reap sweep --plan, reap evaluate --plan"),
     ]
 

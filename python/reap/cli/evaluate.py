@@ -18,18 +18,21 @@ from reap.cli.options import (
     WRITES,
     AllowMismatch,
     Force,
+    GoesOn,
     Json,
     Model,
     ProfilePath,
     Protect,
+    ResumableOutput,
     SuperExperts,
     SweepPath,
+    check_resumable,
     parse_keep,
     parse_metric,
     split_list,
 )
 from reap.cli.show import print_facts, print_json, print_table, progress_bar, say
-from reap.cli.sweep_text import print_sweep
+from reap.cli.sweep_text import next_commands, print_sweep
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
 from reap.files.formatting import bytes_text, number_text, percent_text
 
@@ -38,6 +41,12 @@ if TYPE_CHECKING:
     from reap.evaluation.result import Evaluation
 
 PANEL = Panel("Evaluate")
+
+
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", metavar="N", help="About N tokens of the text, spread over each domain."),
+]
 
 
 @PANEL.command("reap evaluate model.gguf heldout.txt --plan plan.json --loops", ctx_size=EVALUATION_CTX_SIZE)
@@ -64,6 +73,7 @@ def evaluate(
         bool, typer.Option("--loops", help="Let the model continue a few prompts, and look for repetition.")
     ] = False,
     allow_mismatch: AllowMismatch = False,
+    max_tokens: MaxTokens = None,
     json: Json = False,
     *,
     engine: EngineArguments,
@@ -77,6 +87,7 @@ def evaluate(
             plan=plan,
             loops=loops,
             allow_mismatch=allow_mismatch,
+            max_tokens=max_tokens,
             progress=progress,
             **engine,
         )
@@ -182,6 +193,12 @@ class Candidates:
     super_experts: SuperExperts = False
     blend: Annotated[str, BLEND] = "sum"
 
+    def words(self) -> list[str]:
+        """What of it `reap plan` has to be told as well, to make the same choice."""
+        protected = [word for entry in self.protect or () for word in ("--protect", entry)]
+        blend = [] if self.blend == "sum" else ["--blend", self.blend]
+        return [*protected, *(["--super-experts"] if self.super_experts else []), *blend]
+
     def arguments(self) -> dict[str, Any]:
         """As `sweep` takes them."""
         return {
@@ -210,34 +227,38 @@ def sweep(
         READS,
     ],
     candidates: Candidates,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="File to write; holds the rows so far while it runs."),
-        WRITES,
-    ] = None,
+    max_tokens: MaxTokens = None,
+    output: ResumableOutput = None,
+    resume: GoesOn = False,
     allow_mismatch: AllowMismatch = False,
     force: Force = False,
     json: Json = False,
     *,
     engine: EngineArguments,
 ) -> None:
-    """Judge many sizes and criteria on held-out text, without writing a model; the weights are loaded once."""
-    with progress_bar("sweeping") as progress:
-        table = reap.sweep(
-            model,
-            profile,
-            text,
-            output=output,
-            allow_mismatch=allow_mismatch,
-            progress=progress,
-            **candidates.arguments(),
-            **engine,
-        )
+    """Judge many sizes and criteria on held-out text, without writing a model; the weights are loaded once.
+
+    While it runs the output holds the rows so far; without one they are printed when it is stopped.
+    """
+    check_resumable(output, force=force, resume=resume)
+    more: dict[str, Any] = {**candidates.arguments(), **engine, "resume": resume, "allow_mismatch": allow_mismatch}
+    try:
+        with progress_bar("sweeping") as progress:
+            table = reap.sweep(model, profile, text, output=output, max_tokens=max_tokens, progress=progress, **more)
+    except reap.Interrupted as stop:
+        if output is None and isinstance(stop.result, reap.Sweep) and not json:
+            print_sweep(stop.result)
+        elif output is None and isinstance(stop.result, reap.Sweep):
+            print_json(stop.result.to_dict())
+        raise
     if json:
         return print_json(table.to_dict())
     print_sweep(table)
     if output is not None:
         say(f"\nThe table is in {output}.")
+    say("")
+    for line in next_commands(table, profile, candidates.words()):
+        say(line)
 
 
 @PANEL.command("reap report model.reap.json --plan plan.json --model model.gguf -o report.html")

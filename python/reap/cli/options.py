@@ -15,6 +15,7 @@ import typer
 
 from reap.cli import completion
 from reap.errors import ReapError, UsageError
+from reap.files.atomic import check_outputs
 from reap.text.shapes import parse_columns
 from reap.text.sources import split_domain
 
@@ -52,6 +53,11 @@ CalibrationPaths = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write."), WRITES]
 OptionalOutput = Annotated[Path | None, typer.Option("--output", "-o", help="File to write."), WRITES]
+#: Holds what there is while the command runs, so that --resume may replace it.
+ResumableOutput = Annotated[Path | None, typer.Option("--output", "-o", help="File to write."), RESUMES]
+GoesOn = Annotated[
+    bool, typer.Option("--resume", help="Go on from OUTPUT.resume, which an interrupted run left, and replace OUTPUT.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 AllowMismatch = Annotated[
     bool,
@@ -233,6 +239,14 @@ class PlanChoice:
         if self.plan is None and self.profile is not None and self.keep is not None:
             return reap.plan(self.profile, keep=parse_keep(self.keep), metric=parse_metric(self.metric) or "reap")
         raise UsageError("give either --plan, or --profile and --keep (and --metric)")
+
+
+def check_resumable(output: Path | None, *, force: bool, resume: bool) -> None:
+    """UsageError where an output exists and neither --force nor --resume says that it may be replaced."""
+    if resume and output is None:
+        raise UsageError("--resume goes on from the file beside --output, which is missing")
+    if output is not None:
+        check_outputs([output], force=force or resume)
 
 
 # ---- values

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap.cli.show import console, print_table, say
 from reap.files.formatting import bytes_text, number_text
+from reap.scores.profile import METRICS
 
 if TYPE_CHECKING:
     from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict
@@ -85,6 +88,23 @@ def _verdict_line(verdict: Verdict) -> str:
         f"{verdict.keep} experts{where}: no clear winner; {verdict.metric} comes first, but {numbers}, which may be"
         " chance."
     )
+
+
+def next_commands(table: Sweep, profile: Path, words: Sequence[str]) -> Iterator[str]:
+    """For each size, the command that makes the plan that did best there; none where a given plan did.
+
+    words: options of `reap plan` that held for every candidate.
+    """
+    for keep in sorted({row.keep for row in table.select() if row.metric != "baseline"}, reverse=True):
+        rows = [row for row in table.select(keep=keep) if row.metric in METRICS and math.isfinite(row.perplexity)]
+        best = table.best().get(keep)
+        name = best.metric if best is not None else rows[0].metric if rows else ""
+        chosen = min((row for row in rows if row.metric == name), key=lambda row: row.perplexity, default=None)
+        if chosen is None:
+            continue
+        seed = [] if chosen.seed is None else ["--seed", str(chosen.seed)]
+        command = ["reap", "plan", str(profile), "--keep", str(keep), "--metric", name, *seed, *words]
+        yield f"{keep} experts: {shlex.join([*command, '-o', f'plan-{keep}.json'])}"
 
 
 def target_lines(table: Sweep) -> Iterator[str]:

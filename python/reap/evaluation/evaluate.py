@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
+from reap.engine.session import default_context
+from reap.errors import ReapWarning
 from reap.evaluation.loops import Continuations, loop_metrics
 from reap.evaluation.plan_evaluator import PlanEvaluator, Reference, Steps
-from reap.evaluation.quality_metrics import perplexity_of as perplexity_of
 from reap.evaluation.result import Evaluation
 from reap.gguf.model_info import inspect
 from reap.progress import ProgressCallback
 from reap.pruning.compatibility import check_plan
 from reap.scores.plan import PrunePlan
-from reap.text.evaluation_text import Text
+from reap.text.evaluation_text import EvaluationText, Text
 from reap.text.overlap import overlap_warnings
 
 if TYPE_CHECKING:
@@ -31,36 +35,46 @@ def evaluate(
     reference: str | os.PathLike[str] | None = None,
     plan: PrunePlan | str | os.PathLike[str] | None = None,
     loops: bool = False,
+    max_tokens: int | None = None,
     allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
     **engine: Unpack[EngineArguments],
 ) -> Evaluation:
-    """How well `model` (a GGUF file) predicts `text`: perplexity, comparable with what llama-perplexity prints, and
-    agreement.
+    """How well `model` predicts `text`: perplexity, comparable with what llama-perplexity prints, and agreement.
 
-    text       `read_evaluation_text`: a text file, JSON Lines with domains, or several files, each a domain. It is
-               tokenised whole (special tokens in it are not parsed) and cut into windows of `ctx_size`; the first token
-               of each is replaced by BOS where the model adds one; of each window the positions ctx_size/2 + 1 to
-               ctx_size - 1 are scored; what is left at the end is dropped
-    reference  a GGUF file with the same tokenizer, the model before pruning say: KL divergence, agreement on the most
-               probable token, and tokens whose probability fell by half are of this one
-    plan       a PrunePlan or the path of one: its experts are removed virtually, no file is written. Without
-               `reference` the model as it is is the reference, and its weights are loaded once
-    allow_mismatch  go on with a plan that was made of another model, where layers and experts are as many; the warnings
-               say what differs
-    loops      continue a few prompts from the text as well, and say how much of that is repetition
-    engine     options of the engine: `reap.engine.options.EngineOptions`
+    Args:
+        model: a GGUF file.
+        text: `read_evaluation_text`: a text file, JSON Lines with domains, or several files, each a domain. It is
+            tokenised whole (special tokens in it are not parsed) and cut into windows of `ctx_size`; the first token of
+            each is replaced by BOS where the model adds one; of each window the positions ctx_size/2 + 1 to
+            ctx_size - 1 are scored; what is left at the end is dropped.
+        reference: a GGUF file with the same tokenizer, the model before pruning say: KL divergence, agreement on the
+            most probable token, and tokens whose probability fell by half are of this one.
+        plan: a PrunePlan or the path of one: its experts are removed virtually, no file is written. Without
+            `reference` the model as it is is the reference, and its weights are loaded once.
+        loops: continue a few prompts from the text as well, and say how much of that is repetition.
+        max_tokens: about so many tokens of the text, in windows spread over each domain; None: all of it.
+        allow_mismatch: go on with a plan that was made of another model, where layers and experts are as many; the
+            warnings say what differs.
+        progress: called with tokens.
+        engine: options of the engine: `reap.engine.options.EngineOptions`. ctx_size is 512 where none is given, or what
+            the model was trained with where that is less.
 
     Raises:
-        UsageError: an option, a file that is not there, a plan that no such model can follow. MismatchError: a plan of
-        another model, a reference with other tokens. FormatError: a damaged file. UnsupportedModelError: the experts
-        cannot be removed, or not virtually. CalibrationError: the text cannot be used, or a domain is shorter than one
-        window. EngineError: llama.cpp failed. KeyboardInterrupt: Ctrl-C.
+        UsageError: an option, a file that is not there, a plan that no such model can follow.
+        MismatchError: a plan of another model, a reference with other tokens.
+        FormatError: a damaged file.
+        UnsupportedModelError: the experts cannot be removed, or not virtually; the model sees what it should predict.
+        CalibrationError: the text cannot be used, or a domain is shorter than one window.
+        EngineError: llama.cpp failed.
+        KeyboardInterrupt: Ctrl-C.
+
+    What the engine warns of is a ReapWarning, and in the result's warnings.
     """
     started = time.perf_counter()
-    options = EngineOptions.of(engine, ctx_size=EVALUATION_CTX_SIZE)
     the_plan = None if plan is None else PrunePlan.of(plan)
     info = inspect(model)  # before a reference is run for nothing
+    options = EngineOptions.of(engine, ctx_size=default_context(info, EVALUATION_CTX_SIZE))
     if the_plan is not None:
         check_plan(info, the_plan, allow_mismatch=allow_mismatch)
     has_other = reference is not None and not (
@@ -68,24 +82,35 @@ def evaluate(
     )
     is_compared = has_other or the_plan is not None
     steps = Steps(progress, (1 + is_compared) * (1 + loops))
+    said: list[str] = []
 
-    def examine(judge: PlanEvaluator) -> tuple[Reference, Continuations | None]:
-        return judge.reference(steps.next()), judge.continuations(None, steps.next()) if loops else None
+    def opened(path: str | os.PathLike[str]) -> PlanEvaluator:
+        evaluator = PlanEvaluator(path, text, options, max_tokens=max_tokens, allow_mismatch=allow_mismatch)
+        for warning in evaluator.warnings:
+            if warning not in said:
+                said.append(warning)
+                warnings.warn(warning, ReapWarning, stacklevel=3)
+        return evaluator
 
-    expected, before = (
-        examine(PlanEvaluator(reference, text, options)) if has_other and reference is not None else (None, None)
-    )
-    judge = PlanEvaluator(
-        model, text, options, allow_mismatch=allow_mismatch
-    )  # the reference's weights are gone by now
+    def examine(evaluator: PlanEvaluator) -> tuple[Reference, Continuations | None]:
+        return evaluator.reference(steps.next()), evaluator.continuations(None, steps.next()) if loops else None
+
+    expected, before = examine(opened(reference)) if has_other and reference is not None else (None, None)
+    evaluator = opened(model)  # the reference's weights are gone by now
     if the_plan is not None and expected is None:
-        expected, before = examine(judge)
-    result = judge.score(the_plan, reference=expected, progress=steps.next())
-    found = judge.continuations(the_plan, steps.next()) if loops else None
-    seen_before = overlap_warnings(judge.text.file_digests(), (), the_plan.calibration) if the_plan is not None else []
+        expected, before = examine(evaluator)
+    result = evaluator.score(the_plan, reference=expected, progress=steps.next())
+    found = evaluator.continuations(the_plan, steps.next()) if loops else None
     return replace(
         result,
         loops=loop_metrics(found, before) if found else None,
-        warnings=(*result.warnings, *seen_before),
+        warnings=tuple(dict.fromkeys((*said, *result.warnings, *_seen_before(evaluator.text, the_plan)))),
         seconds=time.perf_counter() - started,
     )
+
+
+def _seen_before(text: EvaluationText, plan: PrunePlan | None) -> list[str]:
+    """Sentences where the plan's calibration had part of the text."""
+    if plan is None:
+        return []
+    return overlap_warnings(text.file_digests(), np.concatenate(text.windows), plan.calibration)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineOptions
-from reap.engine.session import SessionTokenizer, open_session
-from reap.errors import MismatchError, UsageError
+from reap.engine.session import SessionTokenizer, default_context, open_session
+from reap.errors import MismatchError, UnsupportedModelError, UsageError
 from reap.evaluation.loops import Continuations, choose_prompts, continue_prompts
-from reap.evaluation.quality_metrics import Measurement, Predictions, figures, measure
-from reap.evaluation.quality_metrics import perplexity_of as perplexity_of
+from reap.evaluation.quality_metrics import Predictions, TokenScores, compare_predictions, quality_metrics
 from reap.evaluation.result import Evaluation
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.progress import Progress, ProgressCallback
@@ -25,43 +24,40 @@ from reap.text.evaluation_text import EvaluationText, Text, read_evaluation_text
 
 #: Memory for what a reference predicted.
 REFERENCE_BYTES = 512 << 20
+_NO_BATCH = (
+    "batch_size changes nothing here and was left out: a text is run one window of ctx_size tokens at a time,"
+    " ubatch_size tokens in one pass"
+)
 #: However long the text is, so many tokens of each position are told apart.
 _FEWEST_TOP = 64
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model predicts at every scored position of a text, computed once for many candidates. Made by
-    `PlanEvaluator.reference`.
+    """What a model predicts at every scored position of a text, computed once for many candidates.
 
-    model: its file. digest: of the text's windows. windows: one `Predictions` each.
+    Made by `PlanEvaluator.reference`.
     """
 
     model: str
+    """The file."""
     n_vocab: int
+    """Tokens in its vocabulary."""
     digest: str
+    """Of the text's windows: two models were asked the same where these agree."""
     windows: tuple[Predictions, ...]
+    """What it predicts in each window."""
 
 
 class PlanEvaluator:
     """A model loaded once, and a text cut into windows once, to try many plans on.
 
-        judge = PlanEvaluator("model.gguf", "heldout.jsonl", EngineOptions(ctx_size=512))
+        evaluator = PlanEvaluator("model.gguf", "heldout.jsonl", EngineOptions(ctx_size=512))
         for plan in plans:
-            print(plan.keep, judge.score(plan).kl_mean)
+            print(plan.keep, evaluator.score(plan).kl_mean)
 
     A plan is in force virtually: the router's values of the experts that it removes become −inf as they are computed,
     and the model computes what the pruned file would compute. Plans are checked as `prune` checks them.
-
-    model            a GGUF file
-    text             `read_evaluation_text`: a text file, JSON Lines, or several files, each a domain
-    options          of the engine; ctx_size is the length of a window (None: windows of 512 tokens)
-    max_windows      of each domain, at most so many windows
-    allow_mismatch   try plans of other models as well, where layers and experts are as many
-    reference_bytes  memory for what the reference predicted: its log-probabilities of the whole vocabulary at every
-                     position where they fit, otherwise those of as many of the most probable tokens as do
-
-    Raises UsageError, FormatError, CalibrationError (`read_evaluation_text`), EngineError.
     """
 
     def __init__(
@@ -71,23 +67,50 @@ class PlanEvaluator:
         options: EngineOptions | None = None,
         *,
         max_windows: int | None = None,
+        max_tokens: int | None = None,
         reference_bytes: int = REFERENCE_BYTES,
         allow_mismatch: bool = False,
     ) -> None:
-        options = options if options is not None else EngineOptions(ctx_size=EVALUATION_CTX_SIZE)
-        if max_windows is not None and max_windows < 1:
-            raise UsageError(f"max_windows is {max_windows}, expected at least 1")
-        if options.ctx_size < 4:
-            raise UsageError(f"ctx_size is {options.ctx_size}, expected at least 4 tokens in a window")
+        """Load the model, and cut the text.
+
+        Args:
+            model: a GGUF file.
+            text: `read_evaluation_text`: a text file, JSON Lines, or several files, each a domain.
+            options: of the engine; ctx_size is the length of a window. None: windows of 512 tokens, or as many as the
+                model was trained with where that is fewer.
+            max_windows: of each domain, at most so many windows, the first ones.
+            max_tokens: of the whole text, about so many tokens, in windows spread over each domain.
+            reference_bytes: memory for what the reference predicted: its log-probabilities of the whole vocabulary at
+                every position where they fit, otherwise those of as many of the most probable tokens as do.
+            allow_mismatch: try plans of other models as well, where layers and experts are as many.
+
+        Raises:
+            UsageError, FormatError, CalibrationError, EngineError: as `read_evaluation_text` and the engine.
+            UnsupportedModelError: the model sees the tokens that it should predict.
+        """
         self.model = os.fspath(model)
         self.info: ModelInfo = inspect(model)  # what can be checked is checked before the engine sees the file
+        options = options or EngineOptions(ctx_size=default_context(self.info, EVALUATION_CTX_SIZE))
+        for name, value in (("max_windows", max_windows), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}, expected at least 1")
+        if 0 < options.ctx_size < 4:
+            raise UsageError(f"ctx_size is {options.ctx_size}, expected at least 4 tokens in a window")
         text_files(text)
         self._reference_bytes = reference_bytes
         self._allow_mismatch = allow_mismatch
-        self._session = open_session(model, options, n_bytes=self.info.n_bytes)
+        # one window is one sequence: a larger batch would take memory, and change nothing
+        self._session = open_session(model, replace(options, batch_size=None), n_bytes=self.info.n_bytes)
+        self._check_causal()
         self.text: EvaluationText = read_evaluation_text(
-            text, SessionTokenizer(self._session), options.ctx_size, max_windows
+            text, SessionTokenizer(self._session), options.ctx_size or self._session.ctx_size, max_windows
         )
+        if max_tokens is not None:
+            self.text = self.text.thinned(max(1, max_tokens // self.text.ctx_size))
+        #: Sentences about the model and the options, of the engine and of ours.
+        self.warnings: tuple[str, ...] = tuple(self._session.warnings())
+        if options.batch_size is not None:
+            self.warnings += (_NO_BATCH,)
         self._reference: Reference | None = None
         self._continuations: Continuations | None = None
 
@@ -119,29 +142,27 @@ class PlanEvaluator:
         self.text = self.text.thinned(n_windows)
         self._reference = self._continuations = None
 
-    def measure(
+    def token_scores(
         self,
         plan: PrunePlan | None = None,
         *,
         reference: Reference | None = None,
         progress: ProgressCallback | None = None,
-    ) -> Measurement:
+    ) -> TokenScores:
         """What is found at each scored token with the experts that `plan` keeps (None: all), beside `reference` if
         there is one."""
         self._check_reference(reference)
         self._set_plan(plan)
         first = self.text.first_scored
         if reference is None:
-            return Measurement(
-                np.concatenate([self._session.log_probs(window, first) for window in self._windows(progress)])
-            )
+            return TokenScores(np.stack([self._session.log_probs(window, first) for window in self._windows(progress)]))
         predicted = [
             self._predict(window, expected)
             for window, expected in zip(self._windows(progress), reference.windows, strict=True)
         ]
-        return measure(predicted, reference.windows)
+        return compare_predictions(predicted, reference.windows)
 
-    def try_experts(self, kept: Mapping[int, Sequence[int]], windows: Sequence[int]) -> Measurement:
+    def try_experts(self, kept: Mapping[int, Sequence[int]], windows: Sequence[int]) -> TokenScores:
         """What is found in some windows (their numbers) with the experts `kept` by layer, beside this model as it is.
 
         For a search that tries single experts: their number may differ between layers, which no file could have.
@@ -149,7 +170,7 @@ class PlanEvaluator:
         reference = self.reference()
         self._set_kept(kept)
         expected = [reference.windows[index] for index in windows]
-        return measure(
+        return compare_predictions(
             [self._predict(self.text.windows[index], theirs) for index, theirs in zip(windows, expected, strict=True)],
             expected,
         )
@@ -173,8 +194,8 @@ class PlanEvaluator:
             reference = self._reference or self.reference(steps.next())
         else:
             steps = Steps(progress, 1)
-        measured = self.measure(plan, reference=reference, progress=steps.next())
-        return self._evaluation(plan, measured, reference, time.perf_counter() - started)
+        scores = self.token_scores(plan, reference=reference, progress=steps.next())
+        return self._evaluation(plan, scores, reference, time.perf_counter() - started)
 
     def continuations(self, plan: PrunePlan | None = None, progress: ProgressCallback | None = None) -> Continuations:
         """How the model goes on behind the loop probe's prompts with the experts that `plan` keeps; of all of them,
@@ -194,6 +215,13 @@ class PlanEvaluator:
         return found
 
     # ---- how
+
+    def _check_causal(self) -> None:
+        if self._session.sees_the_future():
+            raise UnsupportedModelError(
+                f"{self.model}: {self.info.architecture} sees the tokens that follow (a diffusion model), so it is told"
+                " what it should predict, and there is nothing that a perplexity could say of it"
+            )
 
     def _n_top(self) -> int:
         n_positions = len(self.text.windows) * self.text.n_scored
@@ -243,9 +271,9 @@ class PlanEvaluator:
             )
 
     def _evaluation(
-        self, plan: PrunePlan | None, measured: Measurement, reference: Reference | None, seconds: float
+        self, plan: PrunePlan | None, scores: TokenScores, reference: Reference | None, seconds: float
     ) -> Evaluation:
-        whole = figures(measured)
+        whole = quality_metrics(scores)
         return Evaluation(
             **{field.name: getattr(whole, field.name) for field in fields(whole)},
             model=self.model,
@@ -255,10 +283,10 @@ class PlanEvaluator:
             windows=len(self.text.windows),
             ctx_size=self.text.ctx_size,
             dropped_tokens=self.text.dropped_tokens,
-            domains={name: figures(measured.part(self.text.in_domain(name))) for name in self.text.domains},
+            domains={name: quality_metrics(scores.part(self.text.in_domain(name))) for name in self.text.domains},
             loops=None,
             seconds=seconds,
-            warnings=() if plan is None else tuple(plan_warnings(self.info, plan)),
+            warnings=(*self.warnings, *(() if plan is None else plan_warnings(self.info, plan))),
         )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from reap.evaluation.loops import LoopMetrics
 from reap.evaluation.quality_metrics import QualityMetrics
-from reap.evaluation.quality_metrics import perplexity_of as perplexity_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,9 +163,9 @@ class Sweep:
             "calibration": self.calibration,
             "engine": self.engine,
             "warnings": list(self.warnings),
-            "rows": _documents(self.rows),
-            "best": _documents(self.verdicts),
-            "targets": _documents(self.targets),
+            "rows": row_documents(self.rows),
+            "best": row_documents(self.verdicts),
+            "targets": row_documents(self.targets),
         }
 
     def save(self, path: str | os.PathLike[str], *, force: bool = True) -> Path:
@@ -185,7 +185,7 @@ class Sweep:
         }
         check_model(Node(records["model"], f"{root.where}: model"))
         check_calibration(Node(records["calibration"], f"{root.where}: calibration"))
-        rows = tuple(_load_row(node) for node in _nodes(root["rows"]))
+        rows = tuple(load_row(node) for node in _nodes(root["rows"]))
         if not any(row.metric == BASELINE and row.domain is None for row in rows):
             root["rows"].fail(f"should begin with the model as it is, but none has the metric {BASELINE!r}")
         return cls(
@@ -198,7 +198,7 @@ class Sweep:
         )
 
 
-def _documents(items: Iterable[SweepRow | Verdict | Target]) -> list[dict[str, Any]]:
+def row_documents(items: Iterable[SweepRow | Verdict | Target]) -> list[dict[str, Any]]:
     return [{name: _or_none(value) for name, value in asdict(item).items()} for item in items]
 
 
@@ -217,7 +217,7 @@ def _optional(root: Node, key: str) -> list[Node]:
     return _nodes(root[key]) if key in root else []
 
 
-def _load_row(node: Node) -> SweepRow:
+def load_row(node: Node) -> SweepRow:
     numbers = {name: _number(node, name) for name in ("perplexity", "stderr", "kl_mean", "top1")}
     for name, value in numbers.items():
         if value < 0:

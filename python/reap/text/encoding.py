@@ -127,6 +127,8 @@ class Encoder:
         add_special = not sample.continues and not (is_rendered and self._starts_with_bos(text))
         parse_special = is_rendered or self._parse_special
         ids = self._tokenizer.tokenize(text, add_special=add_special, parse_special=parse_special)
+        if sample.continues or sample.goes_on:
+            ids = self._end_of_part(ids, sample)
         if spans is None:
             return ids, [True] * len(ids)
         byte_spans = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
@@ -134,6 +136,17 @@ class Encoder:
         if located is None:
             located = self._locate_by_prefix(ids, text, spans, byte_spans, add_special, parse_special)
         return ids, [any(start < end and a < end and start < b for a, b in byte_spans) for start, end in located]
+
+    def _end_of_part(self, ids: list[int], sample: Sample) -> list[int]:
+        """A text file's part without what the tokenizer puts at the end of a text, but for the last, which has it."""
+        plain, whole = (self._tokenizer.tokenize("a", add_special=flag, parse_special=False) for flag in (False, True))
+        n_end = 0
+        while n_end < len(whole) - len(plain) and whole[: len(whole) - n_end][-len(plain) :] != plain:
+            n_end += 1
+        end = whole[len(whole) - n_end :]
+        if sample.goes_on:
+            return ids[:-n_end] if end and not sample.continues and ids[-n_end:] == end else ids
+        return [*ids, *end]
 
     def _check_ids(self, sample: Sample) -> list[int]:
         tokens = sample.tokens or []

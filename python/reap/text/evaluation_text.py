@@ -50,8 +50,8 @@ class EvaluationText:
         return self.ctx_size - 1 - self.first_scored
 
     def in_domain(self, domain: str) -> NDArray[np.bool_]:
-        """bool [n_windows · n_scored]: which of the scored tokens are of that domain."""
-        return np.repeat([name == domain for name in self.domain_of], self.n_scored)
+        """bool [n_windows]: which of the windows are of that domain."""
+        return np.array([name == domain for name in self.domain_of])
 
     def file_digests(self) -> dict[str, str]:
         """SHA-256 of each file, by its name."""

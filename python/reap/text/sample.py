@@ -30,6 +30,8 @@ class Sample:
     """Of tokens: which of them the line's labels train on."""
     continues: bool = False
     """The same text file's next part, not a sample of its own."""
+    goes_on: bool = False
+    """The same text file has another part after this one."""
     is_file: bool = False
     """A text file's part: its windows stand alone, since they were not written as one sample."""
     shape: str = ""

@@ -233,7 +233,16 @@ def _text_parts(stream: ByteStream, domain: str | None) -> Iterator[Sample]:
         end = len(text) if not block else _cut(text)
         if end or (not block and not continues):
             where = f"{stream.name}:{line}"
-            yield Sample(where, line, domain, text=text[:end], continues=continues, is_file=True, shape=_TEXT_FILE)
+            yield Sample(
+                where,
+                line,
+                domain,
+                text=text[:end],
+                continues=continues,
+                goes_on=bool(block),
+                is_file=True,
+                shape=_TEXT_FILE,
+            )
             continues = True
         line += text[:end].count("\n")
         text = text[end:]
