@@ -98,6 +98,37 @@ def sweep(
     choose = partial(plan, **{name: value for name, value in given.plan.items() if name != "seed"})
     measure_size = partial(size_after, model, allow_mismatch=given.allow_mismatch)
     choices = Choices(source, _metrics(metric), _seeds(seeds), allowed_keeps(info), choose, measure_size)
+    candidates = choices.grid(_keeps(keep, source))
+    candidates += choices.given(PrunePlan.of(item) for item in plans)
+    within = {} if max_bytes is None else choices.largest_within(max_bytes)
+    file = None if output is None else ResumeFile(output, RESUME_FORMAT, resume=given.resume)
+    opened = PlanEvaluator(model, text, engine_options, max_tokens=max_tokens, allow_mismatch=given.allow_mismatch)
+    evaluator = TextEvaluator(opened, progress)
+    n_bisected = 0 if increase is None else len(choices.metrics) * len(choices.keeps).bit_length()
+    evaluator.expect(1 + len(candidates) + sum(map(len, within.values())) + n_bisected)
+    run = SweepRun(choices, Table(evaluator))
+    writer = ResultWriter(run, evaluator, engine_options, output, file)
+    tried = [*candidates, *(item for found in within.values() for item in found)]
+    tried = tried or [choices.candidate(choices.metrics[0], choices.keeps[-1])]
+    writer.warnings += tuple(dict.fromkeys(line for item in tried for line in plan_warnings(info, item.plan)))
+    for warning in writer.warnings:
+        warnings.warn(warning, ReapWarning, stacklevel=2)
+    with endings_as_interrupts(), writer.keeping():
+        run.table.add_baseline(evaluator.evaluator.info.n_experts, evaluator.evaluator.info.n_bytes)
+        writer.restore()
+        run.after_each = writer.save
+        run.try_all(candidates)
+        if max_bytes is not None:
+            run.fit_size(max_bytes, within)
+        if increase is not None:
+            run.fit_perplexity(increase)
+    return writer.finish()
+
+
+def _metrics(metric: str | Sequence[str] | None) -> tuple[str, ...]:
+    names = (
+        DEFAULT_METRICS if metric is None else (metric,) if isinstance(metric, str) else tuple(dict.fromkeys(metric))
+    )
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         raise UsageError(
