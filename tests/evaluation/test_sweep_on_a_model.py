@@ -342,7 +342,7 @@ def test_protected_experts_stay(work: Path) -> None:
 
 
 def test_refining_on_the_command_line(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = ["plan", str(work / "profile.json"), "--keep", "16", "-o", str(tmp_path / "plan.json")]
+    base = ["plan", str(work / "profile.json"), "--keep", "16", "-o", str(tmp_path / "plan.json"), "--force"]
     assert (
         main([*base, "--refine", "0.01s", "--model", str(MODEL), "--text", str(work / "c.txt"), "-c", "128", "-t", "1"])
         == 0
