@@ -356,7 +356,7 @@ def test_refining_on_the_command_line(work: Path, tmp_path: Path, capsys: pytest
     assert main([*base, "--text", str(work / "c.txt")]) == 2
     assert "--text is for --refine" in capsys.readouterr().err
     assert main([*base, "--refine", "soon", "--model", str(MODEL), "--text", str(work / "c.txt")]) == 2
-    assert "'soon' is no time such as 90s, 10m or 1.5h" in capsys.readouterr().err
+    assert "'soon' is not a time such as 90s, 10m or 1.5h" in capsys.readouterr().err
 
 
 class Stop:
