@@ -179,17 +179,18 @@ _CACHE = Word(KV_CACHE_TYPES)
 class EngineOptions:
     """Options that go through to llama.cpp, with its own names.
 
-    ctx_size          tokens of one sequence; 0: what the model was trained with
-    batch_size        tokens of one decode; None: ubatch_size
-    ubatch_size       tokens of one pass through the graph
-    threads           None: the cores that this process may use
-    gpu_layers        layers on the device; negative: all
-    devices           names as `reap devices` prints them; None: all there are
-    override_tensors  (regular expression of tensor names, buffer type), or "PATTERN=BUFFER"
-    override_kv       (key of the model's metadata, type, value), or "KEY=TYPE:VALUE": what the engine takes for it
-    rpc               "host:port" of servers
-    type_k, type_v    types of the KV cache
-    flash_attn        "auto", "on" or "off"
+    Attributes:
+        ctx_size: tokens of one sequence; 0: what the model was trained with
+        batch_size: tokens of one decode; None: ubatch_size
+        ubatch_size: tokens of one pass through the graph
+        threads: None: the cores that this process may use
+        gpu_layers: layers on the device; negative: all
+        devices: names as `reap devices` prints them; None: all there are
+        override_tensors: (regular expression of tensor names, buffer type), or "PATTERN=BUFFER"
+        override_kv: (key of the model's metadata, type, value), or "KEY=TYPE:VALUE": what the engine takes for it
+        rpc: "host:port" of servers
+        type_k, type_v: types of the KV cache
+        flash_attn: "auto", "on" or "off"
 
     Of what is a list, one item may be given by itself. Lists become tuples.
 

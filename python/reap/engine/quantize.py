@@ -79,18 +79,19 @@ def quantize(
 ) -> QuantizeReport:
     """Write the GGUF model `source` (of a split one, any of its files) as one file in another type.
 
-    output   appears whole or not at all; `force` replaces a file that is there
-    type     a name of llama-quantize: Q4_K_M, Q8_0, IQ2_XS, MXFP4_MOE, F16, COPY ...; case does not matter
-    imatrix  an importance matrix of this model, in either form; a pruned model needs a pruned matrix
-             (`reap.prune(imatrix=...)`)
-    threads  None: the cores that this process may use
-    allow_requantize  quantise what is quantised already, which loses quality
-    pure     give every matrix the type itself instead of the mixture that the name stands for
-    quantize_output   False: leave output.weight as it is
-    output_tensor_type, token_embedding_type, tensor_types  a type for output.weight, for the embedding, for what a
-                                                            regular expression finds
-    dry_run  check everything, foretell the size, write nothing
-    progress called with tensors begun, of tensors in all
+    Args:
+        output: appears whole or not at all; `force` replaces a file that is there
+        type: a name of llama-quantize: Q4_K_M, Q8_0, IQ2_XS, MXFP4_MOE, F16, COPY ...; case does not matter
+        imatrix: an importance matrix of this model, in either form; a pruned model needs a pruned matrix
+            (`reap.prune(imatrix=...)`)
+        threads: None: the cores that this process may use
+        allow_requantize: quantise what is quantised already, which loses quality
+        pure: give every matrix the type itself instead of the mixture that the name stands for
+        quantize_output: False: leave output.weight as it is
+        output_tensor_type, token_embedding_type, tensor_types: a type for output.weight, for the embedding, for what a
+            regular expression finds
+        dry_run: check everything, foretell the size, write nothing
+        progress: called with tensors begun, of tensors in all
 
     The result is that of llama-quantize with the same options, byte for byte. Raises UsageError (paths, options,
     types), MismatchError (a matrix of another model), FormatError (a damaged file), EngineError with the end of

@@ -26,17 +26,17 @@ _MOST_BYTES = 1 << 60
 class SweepRow:
     """One candidate on the whole text (domain None) or on one domain of it.
 
-    metric                 that chose the experts; "baseline" for the model as it is, a plan's own for a plan that was
-                           given
-    seed                   of metric random; None otherwise
-    keep, bytes            experts in each layer; exact size of the pruned file
-    perplexity, stderr     by llama-perplexity's rule
-    kl_mean, top1          against the model as it is: mean KL divergence in nats per token, share of tokens with the
-                           same first choice
-    loss_increase          mean over the tokens of −ln p less that of the model as it is, in nats; exp of it: ratio of
-                           the perplexities
-    loss_increase_stderr   of that mean of differences, token by token: much smaller than two separate errors
-    tokens                 that were scored
+    Attributes:
+        metric: that chose the experts; "baseline" for the model as it is, a plan's own for a plan that was given
+        seed: of metric random; None otherwise
+        keep, bytes: experts in each layer; exact size of the pruned file
+        perplexity, stderr: by llama-perplexity's rule
+        kl_mean, top1: against the model as it is: mean KL divergence in nats per token, share of tokens with the same
+            first choice
+        loss_increase: mean over the tokens of −ln p less that of the model as it is, in nats; exp of it: ratio of the
+            perplexities
+        loss_increase_stderr: of that mean of differences, token by token: much smaller than two separate errors
+        tokens: that were scored
     """
 
     metric: str
@@ -63,12 +63,12 @@ class SweepRow:
 class Verdict:
     """The best criterion at one size, on the whole text (domain None) or on one domain.
 
-    metric, runner_up  the two with the lowest loss; of random the mean over its seeds
-    margin             by how much the best one's loss is lower, in nats per token; exp(margin) − 1 is the difference of
-                       the perplexities
-    spread             standard error of the margin, of differences token by token (of a mean over seeds also their
-                       scatter)
-    clear              margin > 2 spread: otherwise there is no clear winner
+    Attributes:
+        metric, runner_up: the two with the lowest loss; of random the mean over its seeds
+        margin: by how much the best one's loss is lower, in nats per token; exp(margin) − 1 is the difference of the
+            perplexities
+        spread: standard error of the margin, of differences token by token (of a mean over seeds also their scatter)
+        clear: margin > 2 spread: otherwise there is no clear winner
     """
 
     keep: int
@@ -83,7 +83,8 @@ class Verdict:
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What a limit allows one criterion: the largest file of at most `limit` bytes ("size"), or the smallest whose
-    perplexity is at most 1 + `limit` times that of the model as it is ("perplexity")."""
+    Attributes:
+        perplexity: is at most 1 + `limit` times that of the model as it is ("perplexity")."""
 
     kind: str
     limit: float
@@ -97,15 +98,16 @@ class Target:
 class Sweep:
     """Quality against size for many choices of experts, all on one text.
 
-    rows         the model as it is first, then each candidate: the whole text, then each domain
-    verdicts     the best criterion for each size at which there are two or more
-    targets      answers to a limit on size or perplexity
-    model        name, architecture, fingerprint, n_experts, ... as in a profile; bytes: of the model as it is
-    text         "files", "sha256", "domains", scored "tokens", "windows", "ctx_size" of the held-out text
-    calibration  "files" and "sha256" of what the profile saw
-    engine       what measured it
-    complete     False where the sweep was interrupted
-    warnings     sentences worth reading
+    Attributes:
+        rows: the model as it is first, then each candidate: the whole text, then each domain
+        verdicts: the best criterion for each size at which there are two or more
+        targets: answers to a limit on size or perplexity
+        model: name, architecture, fingerprint, n_experts, ... as in a profile; bytes: of the model as it is
+        text: "files", "sha256", "domains", scored "tokens", "windows", "ctx_size" of the held-out text
+        calibration: "files" and "sha256" of what the profile saw
+        engine: what measured it
+        complete: False where the sweep was interrupted
+        warnings: sentences worth reading
     """
 
     rows: tuple[SweepRow, ...]

@@ -173,7 +173,8 @@ def _large() -> tuple[int, str]:
 @dataclass(frozen=True)
 class Bounds:
     """The most that a JSON text may have, counted before anything is made of it: bytes say little of the memory that
-    values take. What stands inside strings is counted as well."""
+    Attributes:
+        values: take. What stands inside strings is counted as well."""
 
     n_bytes: int
     #: lists and objects

@@ -93,20 +93,21 @@ def prune(
 ) -> PruneReport:
     """Write `source` without the experts that `plan` removes.
 
-    output   appears whole or not at all; `force` replaces a file that is there
-    plan     a PrunePlan or the path of one; it must be of this model (or of another quantisation of it)
-    name     a new general.name; nothing else of the source's metadata changes except the expert count
-    dry_run  check everything, compute the exact sizes, write nothing
-    verify   before the output gets its name: "fast" reads it back and compares its structure and samples of every
-             tensor, "full" compares every byte, "none" nothing
-    split_max_size  bytes, or a text like "4G" (10^9, as llama.cpp has it): a larger output becomes
-                    OUTPUT-00001-of-0000N.gguf, each
-             at most so large; only a tensor that is larger has a file larger than that, of its own
-    imatrix  an importance matrix of the source, cut to the same experts and written to `imatrix_output`
-             (None: beside the output, small.gguf -> small.imatrix.gguf, or small.imatrix where it has the older form)
-    allow_mismatch  go on with a plan that was made of another model, where layers and experts are as many; the warnings
-             and the key reap.mismatch of the output say what differs
-    progress called with bytes written, of bytes in all
+    Args:
+        output: appears whole or not at all; `force` replaces a file that is there
+        plan: a PrunePlan or the path of one; it must be of this model (or of another quantisation of it)
+        name: a new general.name; nothing else of the source's metadata changes except the expert count
+        dry_run: check everything, compute the exact sizes, write nothing
+        verify: before the output gets its name: "fast" reads it back and compares its structure and samples of every
+            tensor, "full" compares every byte, "none" nothing
+        split_max_size: bytes, or a text like "4G" (10^9, as llama.cpp has it): a larger output becomes
+            OUTPUT-00001-of-0000N.gguf, each at most so large; only a tensor that is larger has a file larger than that,
+            of its own
+        imatrix: an importance matrix of the source, cut to the same experts and written to `imatrix_output` (None:
+            beside the output, small.gguf -> small.imatrix.gguf, or small.imatrix where it has the older form)
+        allow_mismatch: go on with a plan that was made of another model, where layers and experts are as many; the
+            warnings and the key reap.mismatch of the output say what differs
+        progress: called with bytes written, of bytes in all
 
     Raises UsageError (paths, options, a plan that no such model can follow), MismatchError (a plan or a matrix of
     another model), FormatError (a damaged file), UnsupportedModelError (a dense model, or one whose experts cannot be

@@ -44,13 +44,14 @@ def model_card(
     """Write a model card (Markdown with the front matter of model hubs) for a file that `prune` wrote. Returns its
     path.
 
-    pruned       what was removed is read from its own reap.* keys
-    source       the model before: its size, checked by fingerprint
-    profile      what the plan was made of: names the calibration
-    evaluations  files of `reap evaluate --json`, of the pruned model and of its source
-    sweep        what `reap.sweep` returned, or the file of it
-    base_model   name of the source on a hub; license: its identifier there
-    force        replace an output that exists
+    Args:
+        pruned: what was removed is read from its own reap.* keys
+        source: the model before: its size, checked by fingerprint
+        profile: what the plan was made of: names the calibration
+        evaluations: files of `reap evaluate --json`, of the pruned model and of its source
+        sweep: what `reap.sweep` returned, or the file of it
+        base_model: name of the source on a hub; license: its identifier there
+        force: replace an output that exists
 
     Raises UsageError for a file that no `prune` wrote or that cannot be read, MismatchError for a source of another
     model, FormatError for a damaged file, OutputError.

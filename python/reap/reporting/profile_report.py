@@ -57,10 +57,11 @@ def report(
 ) -> Path:
     """Write one HTML file that shows what a profile says; it opens without a connection. Returns its path.
 
-    plan   the experts that stay; without one the page shows, and says so, what half of them by REAP would be
-    sweep  what `reap.sweep` returned, or the file of it: adds quality against size
-    model  the GGUF file: adds sizes before and after by kind of tensor, and which memory they fit into
-    force  replace an output that exists
+    Args:
+        plan: the experts that stay; without one the page shows, and says so, what half of them by REAP would be
+        sweep: what `reap.sweep` returned, or the file of it: adds quality against size
+        model: the GGUF file: adds sizes before and after by kind of tensor, and which memory they fit into
+        force: replace an output that exists
 
     Raises UsageError where a file cannot be read or replaced, FormatError where one is damaged, MismatchError where
     they are not of one model, OutputError where the page cannot be written.

@@ -169,17 +169,18 @@ def plan(
 ) -> PrunePlan:
     """Choose the experts that every MoE layer keeps.
 
-    keep     a number of experts, or a fraction: `resolve_keep`
-    metric   one of METRICS: `Profile.score`. The best `keep` stay; ties go to the higher count, then to the lower id,
-             and an expert that was never routed to comes last. With a grouped router equally many stay in each group.
-             Plans are nested: a smaller `keep` keeps a subset.
-    protect  "LAYER:ID", "LAYER" (all of its experts), several joined by commas, or (layer, id): kept whatever their
-             score
-    blend    "sum": all tokens together. "maxmin": of the domains in the calibration, the one whose kept share of the
-             metric is smallest chooses next, layer by layer, so that none is sacrificed for another; lines without a
-             domain have no say
-    seed     for metric "random"
-    protect_super_experts  protect what `super_experts` finds
+    Args:
+        keep: a number of experts, or a fraction: `resolve_keep`
+        metric: one of METRICS: `Profile.score`. The best `keep` stay; ties go to the higher count, then to the lower
+            id, and an expert that was never routed to comes last. With a grouped router equally many stay in each
+            group. Plans are nested: a smaller `keep` keeps a subset.
+        protect: "LAYER:ID", "LAYER" (all of its experts), several joined by commas, or (layer, id): kept whatever their
+            score
+        blend: "sum": all tokens together. "maxmin": of the domains in the calibration, the one whose kept share of the
+            metric is smallest chooses next, layer by layer, so that none is sacrificed for another; lines without a
+            domain have no say
+        seed: for metric "random"
+        protect_super_experts: protect what `super_experts` finds
 
     Raises UsageError for a call that cannot work; the message names the numbers.
     """

@@ -44,15 +44,16 @@ class TextArguments(TypedDict, total=False):
 class Window:
     """Tokens that the model sees at once, at most ctx_size of them.
 
-    tokens   int32 [n_tokens]
-    counted  bool [n_tokens]: whether the token enters the statistics
-    sample   number of the sample among those used, from 0; a long sample has several windows, in order
-    unit     number of what is counted whole or not at all, from 0 and without gaps: a sample, or one window of a text
-             file
-    where    file and line, for errors
-    consumed SHA-256 over all windows up to and including this one: what was read so far, however it lay in files. Two
-             calibrations whose windows begin alike have the same value there
-    source   the sample itself; of a long text file its first part
+    Attributes:
+        tokens: int32 [n_tokens]
+        counted: bool [n_tokens]: whether the token enters the statistics
+        sample: number of the sample among those used, from 0; a long sample has several windows, in order
+        unit: number of what is counted whole or not at all, from 0 and without gaps: a sample, or one window of a text
+            file
+        where: file and line, for errors
+        consumed: SHA-256 over all windows up to and including this one: what was read so far, however it lay in files.
+            Two calibrations whose windows begin alike have the same value there
+        source: the sample itself; of a long text file its first part
     """
 
     tokens: NDArray[np.int32]

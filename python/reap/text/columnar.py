@@ -19,9 +19,10 @@ _UNIONS = ("tools", "functions", "tool_calls")
 class ColumnarFile:
     """A Parquet or Arrow file.
 
-    path       of a regular file
-    wanted     names of the columns to read; all others stay on the disk
-    position   bytes of the file that are read, estimated by rows
+    Attributes:
+        path: of a regular file
+        wanted: names of the columns to read; all others stay on the disk
+        position: bytes of the file that are read, estimated by rows
     """
 
     def __init__(self, path: str, wanted: Collection[str]) -> None:

@@ -146,9 +146,10 @@ def _free_plane(text: str) -> int:
 class Locator:
     """Finds the marks of one conversation.
 
-    render    the conversation, or its beginning, as text; True: with a generation prompt
-    messages  as `ChatTemplate.prepare` made them
-    text      `render(messages, False)`
+    Attributes:
+        render: the conversation, or its beginning, as text; True: with a generation prompt
+        messages: as `ChatTemplate.prepare` made them
+        text: `render(messages, False)`
     """
 
     render: Render

@@ -24,9 +24,10 @@ _OBJECT_OVER_LINES = re.compile(rb'\s*\{\s*"([^"\\]{0,60})"\s*:')
 class Row:
     """One object of a file.
 
-    where    file and line or row, for errors
-    number   of the line or row, from 1
-    members  names and values
+    Attributes:
+        where: file and line or row, for errors
+        number: of the line or row, from 1
+        members: names and values
     """
 
     where: str

@@ -48,10 +48,11 @@ class FileRecord:
 class SampleReader:
     """Iterates over the samples of a source and knows, afterwards, what was read.
 
-    source          a path, "-" for standard input, a folder, a list of paths, a mapping of domains to these, or
-                    dictionaries as the lines of a JSON Lines file hold them
-    columns         role -> name, for data with other names than `shapes` knows
-    skip_bad_lines  leave out lines that cannot be used, and count them in `records` by reason
+    Attributes:
+        source: a path, "-" for standard input, a folder, a list of paths, a mapping of domains to these, or
+            dictionaries as the lines of a JSON Lines file hold them
+        columns: role -> name, for data with other names than `shapes` knows
+        skip_bad_lines: leave out lines that cannot be used, and count them in `records` by reason
 
     Raises UsageError for a file that cannot be opened, CalibrationError that names file and line for one that cannot be
     used (BadLine, where only that line is at fault).

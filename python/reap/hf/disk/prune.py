@@ -69,17 +69,18 @@ def prune(
     """Write the checkpoint in the directory `source` without the experts that `plan` removes. Needs neither torch nor
     transformers.
 
-    output   a directory, which appears whole or not at all; `force` replaces a checkpoint that is there
-    plan     a PrunePlan or the path of one, made of this checkpoint (or another quantisation of it) or of the GGUF file
-             that it became
-    profile, keep, metric  in place of a plan: what `reap.plan` makes of them
-    dry_run  check everything, compute the exact sizes, write nothing
-    verify   before the output gets its name: "fast" reads it back and compares its structure, and samples of a hundred
-             tensors of each file and of all routers, "full" compares every byte, "none" nothing
-    drop_prediction  leave the prediction (MTP) layers out, of which a plan made with transformers says nothing
-    allow_mismatch  go on with a plan that was made of another model, where layers and experts are as many; the warnings
-             and reap.json say what differs
-    progress called with bytes written, of bytes in all
+    Args:
+        output: a directory, which appears whole or not at all; `force` replaces a checkpoint that is there
+        plan: a PrunePlan or the path of one, made of this checkpoint (or another quantisation of it) or of the GGUF
+            file that it became
+        profile, keep, metric: in place of a plan: what `reap.plan` makes of them
+        dry_run: check everything, compute the exact sizes, write nothing
+        verify: before the output gets its name: "fast" reads it back and compares its structure, and samples of a
+            hundred tensors of each file and of all routers, "full" compares every byte, "none" nothing
+        drop_prediction: leave the prediction (MTP) layers out, of which a plan made with transformers says nothing
+        allow_mismatch: go on with a plan that was made of another model, where layers and experts are as many; the
+            warnings and reap.json say what differs
+        progress: called with bytes written, of bytes in all
 
     Each tensor stays in the file that it was in; experts are numbered anew; config.json changes only in the number of
     experts; reap.json says what was kept. Everything else that is no weight is carried over. In the report, files are

@@ -31,14 +31,15 @@ class LoadArguments(TypedDict, total=False):
 class LoadOptions:
     """How a checkpoint is loaded.
 
-    device        "cpu", "cuda", "cuda:1", "mps"; None: the best there is
-    dtype         of the weights: "auto" (as stored), "float32", "bfloat16", "float16"
-    device_map    accelerate's: "auto", or a map of modules to devices, "cpu" and "disk" among them; not together with
-                  device
-    load_in_4bit  quantise the layers' matrices, the experts' among them, to NF4 as they are loaded, one layer at a time
-                  (bitsandbytes)
-    stream        one decoder layer in memory at a time
-    trust_remote_code  run Python code that the checkpoint brings
+    Attributes:
+        device: "cpu", "cuda", "cuda:1", "mps"; None: the best there is
+        dtype: of the weights: "auto" (as stored), "float32", "bfloat16", "float16"
+        device_map: accelerate's: "auto", or a map of modules to devices, "cpu" and "disk" among them; not together with
+            device
+        load_in_4bit: quantise the layers' matrices, the experts' among them, to NF4 as they are loaded, one layer at a
+            time (bitsandbytes)
+        stream: one decoder layer in memory at a time
+        trust_remote_code: run Python code that the checkpoint brings
     """
 
     device: str | None = None

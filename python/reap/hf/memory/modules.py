@@ -39,15 +39,16 @@ _BLOCK_VECTORS = re.compile(
 class MoELayer:
     """One Mixture-of-Experts block of a model.
 
-    name            of the block within the model, as `model.get_submodule` takes it
-    index           the layer's number in the checkpoint, which is the GGUF block index
-    n_experts       routed experts
-    n_experts_used  experts of each token; 0 where neither the modules nor the configuration say
-    n_group         groups of the router, 1 without; topk_group: groups that a token may use
-    experts         the module that holds them: a list with one module each, or one with tensors whose first axis is the
-                    expert
-    is_list         which of the two
-    router_name, experts_name    relative to the block
+    Attributes:
+        name: of the block within the model, as `model.get_submodule` takes it
+        index: the layer's number in the checkpoint, which is the GGUF block index
+        n_experts: routed experts
+        n_experts_used: experts of each token; 0 where neither the modules nor the configuration say
+        n_group: groups of the router, 1 without; topk_group: groups that a token may use
+        experts: the module that holds them: a list with one module each, or one with tensors whose first axis is the
+            expert
+        is_list: which of the two
+        router_name, experts_name: relative to the block
     """
 
     name: str

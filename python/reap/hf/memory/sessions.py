@@ -26,9 +26,10 @@ _SHORTEST = 0.5
 class Batch:
     """Windows padded on the right.
 
-    ids     int64 [n_windows, longest]
-    mask    bool, the same shape: no padding
-    groups  int64 [n_windows · longest]: what a token is counted in, -1 for nothing
+    Attributes:
+        ids: int64 [n_windows, longest]
+        mask: bool, the same shape: no padding
+        groups: int64 [n_windows · longest]: what a token is counted in, -1 for nothing
     """
 
     ids: Tensor
@@ -48,7 +49,8 @@ class ModelSession:
     """Has the part of `reap._core.Session` that a profile uses, with a model that is whole in memory (or offloaded by
     accelerate).
 
-    batch_size   tokens of one pass, padding not counted; n_sequences: windows that may share one
+    Attributes:
+        batch_size: tokens of one pass, padding not counted; n_sequences: windows that may share one
     """
 
     def __init__(

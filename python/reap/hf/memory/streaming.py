@@ -142,7 +142,8 @@ class StreamingSession(ModelSession):
     """As ModelSession, for a LayerStore. A batch is large, because the model is read once for each; it is run in passes
     of at most `pass_size` tokens, padding included, which wait for each other at every layer.
 
-    pass_size   a window that is longer is a pass of its own
+    Attributes:
+        pass_size: a window that is longer is a pass of its own
     """
 
     def __init__(self, store: LayerStore, layers: Sequence[MoELayer], *, pass_size: int, pad_token: int) -> None:

@@ -101,13 +101,14 @@ class SaliencyTracker:
     ) -> None:
         """Add the routings of a batch.
 
-        topk_indices  int [num_tokens, top_k]: the experts of each token
-        topk_weights  float [num_tokens, top_k]: the gate that multiplies the expert's output
-        expert_norms  expert -> float [num_routed_tokens]: ‖f‖ of the tokens routed to it, in the order in which
-                      transformers' and llm-compressor's experts see them: all tokens that chose it first, then those
-                      that chose it second, and so on, each in the order of the tokens (`torch.where(topk_indices.T ==
-                      expert)`). With `every_token`: float [num_tokens], of all tokens in their order. Experts without
-                      tokens may be left out.
+        Args:
+            topk_indices: int [num_tokens, top_k]: the experts of each token
+            topk_weights: float [num_tokens, top_k]: the gate that multiplies the expert's output
+            expert_norms: expert -> float [num_routed_tokens]: ‖f‖ of the tokens routed to it, in the order in which
+                transformers' and llm-compressor's experts see them: all tokens that chose it first, then those that
+                chose it second, and so on, each in the order of the tokens (`torch.where(topk_indices.T == expert)`).
+                With `every_token`: float [num_tokens], of all tokens in their order. Experts without tokens may be left
+                out.
 
         UsageError where shapes or numbers do not belong together; nothing is added then.
         """
