@@ -1,4 +1,5 @@
 // The only file that knows Python: casts, the GIL, the map of errors. No logic.
+#include "casts.h"
 #include "devices.h"
 #include "errors.h"
 #include "quantizer.h"
@@ -17,53 +18,10 @@
 #include <string>
 #include <vector>
 
-namespace py = pybind11;
 using reap::Session;
 using reap::SessionOptions;
 
 namespace {
-
-using Ids = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
-
-// What the engine or a file says is bytes: what is not UTF-8 in it is shown as U+FFFD.
-py::str to_text(const std::string & bytes) {
-    return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace"));
-}
-
-py::list to_texts(const std::vector<std::string> & lines) {
-    py::list texts;
-    for (const std::string & line : lines) {
-        texts.append(to_text(line));
-    }
-    return texts;
-}
-
-// A path as the file system has it, from what os.fspath takes: str (with surrogates for what is not UTF-8), bytes, PathLike.
-std::string to_path(const py::object & path) {
-    PyObject * bytes = nullptr;
-    if (PyUnicode_FSConverter(path.ptr(), &bytes) == 0) {
-        throw py::error_already_set();
-    }
-    return py::reinterpret_steal<py::bytes>(bytes);
-}
-
-py::str from_path(const std::string & path) {
-    return py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<py::ssize_t>(path.size())));
-}
-
-template <typename Options, typename Class>
-void def_path(Class & options, const char * name, std::string Options::* path) {
-    options.def_property(
-        name, [path](const Options & self) { return from_path(self.*path); },
-        [path](Options & self, const py::object & value) { self.*path = to_path(value); });
-}
-
-template <typename T>
-py::array_t<T> to_numpy(const std::vector<T> & values, const std::vector<py::ssize_t> & shape) {
-    py::array_t<T> array(shape);
-    std::copy(values.begin(), values.end(), array.mutable_data());
-    return array;
-}
 
 // Runs `work` without the GIL; Ctrl-C is looked for at each of the collector's stops and raised as Python's own exception.
 template <typename Work>
@@ -116,12 +74,6 @@ py::dict sums(const Session & session, size_t group) {
     return result;
 }
 
-template <typename T>
-void from_numpy(const py::dict & arrays, const char * name, std::vector<T> & values) {
-    const auto array = py::cast<py::array_t<T, py::array::c_style | py::array::forcecast>>(arrays[name]);
-    values.assign(array.data(), array.data() + array.size());
-}
-
 void restore(Session & session, size_t group, const py::dict & arrays, int64_t n_units) {
     reap::Sums sums;
     reap::for_each_field([&](const auto & field) { from_numpy(arrays, field.name, sums.*field.values); });
@@ -136,10 +88,6 @@ py::dict collector_stats(const Session & session) {
     result["stops"] = static_cast<double>(stats.stops);
     result["batches"] = static_cast<double>(stats.batches);
     return result;
-}
-
-std::vector<int32_t> to_vector(const Ids & ids) {
-    return {ids.data(), ids.data() + ids.size()};
 }
 
 py::array_t<float> logits(Session & session, const Ids & tokens, size_t first) {

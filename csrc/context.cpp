@@ -1,5 +1,6 @@
 #include "context.h"
 
+#include "assertion_guard.h"
 #include "errors.h"
 #include "log_sink.h"
 #include "memory_guard.h"
@@ -30,7 +31,7 @@ std::string cannot_be_made(const SessionOptions & options, uint32_t n_ctx) {
 }  // namespace
 
 Context::Context(llama_model * model, const SessionOptions & options, Collector & collector, RouterMask * mask, const Context * trunk)
-    : batch_size_(static_cast<size_t>(options.batch_size)), collector_(collector), mask_(mask) {
+    : collector_(collector), mask_(mask) {
     llama_context_params params = context_parameters(options);
     params.cb_eval = Collector::callback;
     params.cb_eval_user_data = &collector;
@@ -39,6 +40,7 @@ Context::Context(llama_model * model, const SessionOptions & options, Collector 
         params.ctx_other = trunk->context_.get();
     }
     const MemoryGuard guard;
+    const CatchAssertions catch_assertions;  // the engine logs what is thrown, and returns null
     context_.reset(llama_init_from_model(model, params));
     if (!context_) {
         throw EngineError(cannot_be_made(options, params.n_ctx));
@@ -49,9 +51,14 @@ bool Context::has_cache() const { return llama_get_memory(context_.get()) != nul
 
 void Context::forget(bool with_data) { llama_memory_clear(llama_get_memory(context_.get()), with_data); }
 
+size_t Context::batch_size() const { return llama_n_batch(context_.get()); }
+
 void Context::decode(const TokenBatch & batch, const int8_t * wanted, float * hidden) {
-    if (batch.n_tokens == 0 || batch.n_tokens > batch_size_) {
-        throw UsageError("a batch of " + std::to_string(batch.n_tokens) + " tokens, expected 1 to batch-size, which is " + std::to_string(batch_size_));
+    if (batch.n_tokens == 0 || batch.n_tokens > batch_size()) {
+        throw UsageError("a batch of " + std::to_string(batch.n_tokens) + " tokens, expected 1 to batch-size, which is " + std::to_string(batch_size()));
+    }
+    if (is_broken_) {
+        throw EngineError("an assertion of the engine failed in this context; open the model again");
     }
     std::vector<int32_t> tokens(batch.tokens, batch.tokens + batch.n_tokens);
     std::vector<int32_t> positions(batch.positions, batch.positions + batch.n_tokens);
@@ -68,8 +75,7 @@ void Context::decode(const TokenBatch & batch, const int8_t * wanted, float * hi
     if (mask_ != nullptr) {
         mask_->begin_batch();
     }
-    const int32_t status = llama_decode(context_.get(), native);
-    llama_synchronize(context_.get());
+    const int32_t status = run(native);
     collector_.rethrow();
     if (status != 0) {
         const char * reason = status == 1 ? "the context is full" : status == 2 ? "it was aborted" : "it failed";
@@ -78,6 +84,18 @@ void Context::decode(const TokenBatch & batch, const int8_t * wanted, float * hi
     }
     if (mask_ != nullptr) {
         mask_->check_batch(batch.n_tokens, static_cast<size_t>(std::count(wanted, wanted + batch.n_tokens, int8_t{1})));
+    }
+}
+
+int32_t Context::run(const llama_batch & batch) {
+    const CatchAssertions catch_assertions;
+    try {
+        const int32_t status = llama_decode(context_.get(), batch);
+        llama_synchronize(context_.get());
+        return status;
+    } catch (const AssertionFailed & failed) {
+        is_broken_ = true;
+        throw EngineError(std::string("the engine could not run a batch: ") + failed.what());
     }
 }
 

@@ -33,6 +33,9 @@ class Context {
     // Forgets all sequences; `with_data`: what the cache holds as well.
     void forget(bool with_data);
 
+    // The most tokens of a batch.
+    size_t batch_size() const;
+
     // Runs a batch. wanted[i]: whether the logits of token i are. `hidden`: [n_tokens][n_embd] for a prediction block, which takes them
     // beside the tokens. Throws what went wrong inside the graph, EngineError, UsageError for a batch that is too large.
     void decode(const TokenBatch & batch, const int8_t * wanted, float * hidden = nullptr);
@@ -41,9 +44,11 @@ class Context {
     const float * logits(size_t i) const;
 
   private:
-    size_t       batch_size_;
+    int32_t run(const llama_batch & batch);
+
     Collector &  collector_;
     RouterMask * mask_;
+    bool         is_broken_ = false;  // an assertion failed in it
     std::unique_ptr<llama_context, void (*)(llama_context *)> context_{nullptr, llama_free};
 };
 

@@ -25,6 +25,13 @@ struct Record {
 
 thread_local Record record;
 
+// Without the name of the function that logged it ("load: missing pre-tokenizer type").
+std::string without_function(const std::string & line) {
+    const size_t colon = line.find_first_of(": ");
+    const bool is_name = colon != std::string::npos && line[colon] == ':' && (colon + 1 == line.size() || line[colon + 1] == ' ');
+    return is_name ? line.substr(std::min(line.find_first_not_of(' ', colon + 1), line.size())) : line;
+}
+
 void keep_line() {
     std::string line = std::move(record.pending);
     record.pending.clear();
@@ -34,9 +41,10 @@ void keep_line() {
     }
     line.resize(std::min(line.size(), MAX_LINE));
     auto & warnings = record.warnings;
-    if (record.pending_level == GGML_LOG_LEVEL_WARN && warnings.size() < MAX_WARNINGS &&
-        std::find(warnings.begin(), warnings.end(), line) == warnings.end()) {
-        warnings.push_back(line);
+    const std::string warning = without_function(line);
+    if (record.pending_level == GGML_LOG_LEVEL_WARN && warnings.size() < MAX_WARNINGS && !warning.empty() &&
+        std::find(warnings.begin(), warnings.end(), warning) == warnings.end()) {
+        warnings.push_back(warning);
     }
     record.lines.push_back(std::move(line));
     if (record.lines.size() > MAX_LINES) {

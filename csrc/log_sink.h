@@ -21,7 +21,8 @@ std::string log_tail();
 // `message`, followed by log_tail() where there is one.
 std::string with_log(const std::string & message);
 
-// The warnings from this thread since clear_log(), each once, in the order in which they first came; at most 64.
+// The warnings from this thread since clear_log(), without the name of the function that each begins with, each once, in the order in which
+// they first came; at most 64.
 std::vector<std::string> log_warnings();
 
 // Hears each piece of the log as it is written from this thread. It must not throw, and must not log.

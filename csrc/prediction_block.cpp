@@ -13,6 +13,11 @@ std::string in_layer(int layer) {
     return "layer " + std::to_string(layer) + ": ";
 }
 
+UnsupportedError cannot_run(int layer, const std::exception & error) {
+    return UnsupportedError(in_layer(layer) + "the engine cannot run its prediction block; without its prediction layers the model can be profiled (" +
+                            error.what() + ")");
+}
+
 Context make_context(llama_model * model, const SessionOptions & options, Collector & collector, const Context & trunk) {
     const int n_embd = llama_model_n_embd(model);
     if (llama_model_n_embd_out(model) != n_embd || llama_model_n_embd_inp(model) != n_embd) {
@@ -22,8 +27,7 @@ Context make_context(llama_model * model, const SessionOptions & options, Collec
     try {
         return Context(model, options, collector, nullptr, &trunk);
     } catch (const EngineError & error) {
-        throw UnsupportedError(in_layer(options.prediction_layer) + "the engine cannot run its prediction block, but can run the model without its "
-                               "prediction layers: " + error.what());
+        throw cannot_run(options.prediction_layer, error);
     }
 }
 
@@ -37,7 +41,13 @@ PredictionBlock::PredictionBlock(llama_model * model, const SessionOptions & opt
 void PredictionBlock::survey(const TokenBatch & batch, const int8_t * wanted, size_t n_experts) {
     std::vector<float> hidden(batch.n_tokens * n_embd_, 0.0f);
     collector_.begin_survey();
-    context_.decode(batch, wanted, hidden.data());
+    try {
+        context_.decode(batch, wanted, hidden.data());
+    } catch (const Interrupted &) {
+        throw;
+    } catch (const std::exception & error) {
+        throw cannot_run(layer_, error);
+    }
     collector_.end_survey({layer_}, n_experts);
 }
 

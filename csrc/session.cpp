@@ -1,5 +1,6 @@
 #include "session.h"
 
+#include "assertion_guard.h"
 #include "devices.h"
 #include "errors.h"
 #include "log_sink.h"
@@ -12,10 +13,29 @@
 
 namespace reap {
 
+namespace {
+
+// Whether a warning is about the model, and not about how it was opened here.
+bool is_worth_reading(const std::string & line) {
+    constexpr const char * HARMLESS[] = {
+        "dummy tokens",                        // a file without a vocabulary, which is used with token ids
+        "model has unused tensor",             // a prediction block that is not run
+        "possible training context overflow",  // of the context as it was rounded up or is shared by sequences; said below for itself
+        "tensor overrides to CPU are used with mmap",
+        "using full-size SWA cache",           // as every context here, so that any position can be asked for
+        "Phi SWA is currently disabled",
+    };
+    const auto names = [&](const char * words) { return line.find(words) != std::string::npos; };
+    return line.find_first_not_of("* ") != std::string::npos && std::none_of(std::begin(HARMLESS), std::end(HARMLESS), names);
+}
+
+}  // namespace
+
 void start_engine() {
     static std::once_flag once;
     std::call_once(once, [] {
         install_log_sink();
+        install_assertion_guard();
         llama_backend_init();
     });
 }
@@ -41,6 +61,7 @@ void Session::load_model() {
     const DevicesLock lock = lock_devices();
     const ModelParameters parameters(options_, lock);
     const MemoryGuard guard(options_.model_bytes);
+    const CatchAssertions catch_assertions;  // the engine logs what is thrown, and returns null
     model_.reset(llama_model_load_from_file(options_.model_path.c_str(), parameters.values));
     if (!model_) {
         throw EngineError(with_log(options_.model_path + ": the engine cannot load this model"));
@@ -74,12 +95,14 @@ void Session::create_prediction_block() {
 
 void Session::collect_warnings() {
     for (const std::string & line : log_warnings()) {
-        // of the context that was rounded up, or is shared by sequences; what matters is said below
-        if (line.find("possible training context overflow") == std::string::npos) {
+        if (line.find("Bad metadata override type") != std::string::npos) {
+            throw UsageError(options_.model_path + ": " + line);
+        }
+        if (is_worth_reading(line)) {
             warnings_.push_back(line);
         }
     }
-    if (ctx_size() > n_ctx_train()) {
+    if (n_ctx_train() > 0 && ctx_size() > n_ctx_train()) {
         warnings_.push_back("the context of " + std::to_string(ctx_size()) + " tokens is longer than the " + std::to_string(n_ctx_train()) +
                             " that the model was trained with; what it does beyond them is not what it learnt");
     }

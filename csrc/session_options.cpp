@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -86,6 +87,10 @@ llama_model_kv_override metadata_override(const std::array<std::string, 3> & ent
     } else if (type == "float") {
         result.tag = LLAMA_KV_OVERRIDE_TYPE_FLOAT;
         result.val_f64 = parsed<double>(value, "a number", key, [](const char * text, char ** end) { return std::strtod(text, end); });
+        // an epsilon below zero ends the process on the engine's own threads
+        if (!std::isfinite(result.val_f64) || (result.val_f64 < 0 && key.find("epsilon") != std::string::npos)) {
+            throw UsageError("the override of " + key + " is '" + value + "', expected a finite number" + (std::isfinite(result.val_f64) ? " of at least 0" : ""));
+        }
     } else if (type == "bool") {
         if (value != "true" && value != "false") {
             throw UsageError("the override of " + key + " is '" + value + "', expected true or false");
@@ -150,8 +155,9 @@ SessionOptions resolved(const SessionOptions & options, const llama_model * mode
     // a recurrent state is kept per sequence, and its batches are cut into equal parts
     const bool recurrent = llama_model_is_recurrent(model) || llama_model_is_hybrid(model);
     o.n_sequences = recurrent ? 1 : std::clamp(o.n_sequences, 1, static_cast<int>(llama_max_parallel_sequences()));
-    if (o.n_sequences == 1) {
+    if (o.n_sequences == 1) {  // a context gives no room for more
         o.ubatch_size = std::min(o.ubatch_size, o.ctx_size);
+        o.batch_size = std::min(o.batch_size, o.ctx_size);
     }
     o.ubatch_size = std::max(2, o.ubatch_size);  // the survey runs two tokens in one graph
     o.batch_size = std::max(o.batch_size, o.ubatch_size);
@@ -165,16 +171,17 @@ SessionOptions resolved(const SessionOptions & options, const llama_model * mode
 
 // With flash attention the engine looks at this itself (llama_init_from_model); without it, it ends the process.
 void check_cache(const SessionOptions & options, const llama_model * model) {
-    const int64_t block = ggml_blck_size(cache_type(options.type_k));
     char architecture[128] = "";
     llama_model_meta_val_str(model, "general.architecture", architecture, sizeof architecture);
-    const int64_t n_heads = std::max(1, llama_model_n_head(model));
-    const int64_t otherwise = llama_model_n_embd(model) / n_heads;
-    for (const char * key : {"key_length", "key_length_mla", "key_length_swa"}) {
-        const int64_t width = metadata_number(model, std::string(architecture) + ".attention." + key, otherwise);
-        if (width % block != 0) {
-            throw UsageError("the model's attention heads have " + std::to_string(width) + " values, which a cache of type " + options.type_k +
-                             " (blocks of " + std::to_string(block) + ") cannot hold; f16 can");
+    const int64_t otherwise = llama_model_n_embd(model) / std::max(1, llama_model_n_head(model));
+    for (const auto & [name, kind] : {std::pair(options.type_k, "key_length"), std::pair(options.type_v, "value_length")}) {
+        const int64_t block = ggml_blck_size(cache_type(name));
+        for (const char * variant : {"", "_mla", "_swa"}) {
+            const int64_t width = metadata_number(model, std::string(architecture) + ".attention." + kind + variant, otherwise);
+            if (width % block != 0) {
+                throw UsageError("the model's attention heads have " + std::to_string(width) + " values, which a cache of type " + name +
+                                 " (blocks of " + std::to_string(block) + ") cannot hold; f16 can");
+            }
         }
     }
 }
@@ -211,7 +218,7 @@ ModelParameters::ModelParameters(const SessionOptions & options, const DevicesLo
 llama_context_params context_parameters(const SessionOptions & options) {
     llama_context_params params = llama_context_default_params();
     // sequences that share a batch share the cache as well: one long window, or one batch of short ones
-    params.n_ctx = static_cast<uint32_t>(options.n_sequences > 1 ? std::max(options.ctx_size, options.batch_size) : options.ctx_size);
+    params.n_ctx = static_cast<uint32_t>(options.n_sequences > 1 ? std::max(options.ctx_size, options.batch_size) : std::max(2, options.ctx_size));
     params.n_batch = static_cast<uint32_t>(options.batch_size);
     params.n_ubatch = static_cast<uint32_t>(options.ubatch_size);
     params.n_seq_max = static_cast<uint32_t>(options.n_sequences);

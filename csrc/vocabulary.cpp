@@ -1,5 +1,6 @@
 #include "vocabulary.h"
 
+#include "assertion_guard.h"
 #include "errors.h"
 #include "log_sink.h"
 #include "session.h"
@@ -11,6 +12,7 @@ Vocabulary::Vocabulary(const std::string & model_path) {
     clear_log();
     llama_model_params params = llama_model_default_params();
     params.vocab_only = true;
+    const CatchAssertions catch_assertions;  // the engine logs what is thrown, and returns null
     model_.reset(llama_model_load_from_file(model_path.c_str(), params));
     if (!model_) {
         throw EngineError(with_log(model_path + ": the engine cannot read this model's tokenizer"));

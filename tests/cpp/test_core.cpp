@@ -1,12 +1,11 @@
-// Tests of csrc without Python, meant for AddressSanitizer and UBSan. With the path of a small MoE GGUF as argument, that model is
+// Tests of csrc without Python, meant for AddressSanitizer, UBSan and ThreadSanitizer. With the path of a small MoE GGUF as argument, that model is
 // run as well: `reap_cpp_tests [MODEL N_EXPERTS LAYER...]`.
+#include "check.h"
 #include "collector.h"
 #include "errors.h"
 #include "moe_graph.h"
 #include "router_mask.h"
 #include "saliency.h"
-#include "scoring.h"
-#include "session.h"
 #include "tensor_read.h"
 
 #include "ggml.h"
@@ -19,28 +18,6 @@
 #include <numeric>
 #include <string>
 #include <vector>
-
-static int failures = 0;
-static int checks = 0;
-
-#define CHECK(condition)                                                            \
-    do {                                                                            \
-        ++checks;                                                                   \
-        if (!(condition)) {                                                         \
-            ++failures;                                                             \
-            std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-        }                                                                           \
-    } while (0)
-
-template <typename Error, typename Work>
-static bool throws(Work && work) {
-    try {
-        work();
-    } catch (const Error &) {
-        return true;
-    }
-    return false;
-}
 
 using namespace reap;
 
@@ -100,6 +77,30 @@ static void test_saliency_refuses() {
     CHECK(throws<EngineError>([&] { saliency.add(0, {good, gate, nan_norm, 1, 1}, groups); }));
     CHECK(throws<EngineError>([&] { saliency.add(0, {good, infinite_gate, norm, 1, 1}, groups); }));
     CHECK(throws<UsageError>([&] { saliency.reserve_groups(Saliency::MAX_GROUPS + 1); }));
+}
+
+// A prediction block's layer is put behind the others' and taken off again.
+static void test_sums_in_layers() {
+    Sums all(2, 3);
+    Sums last(1, 3);
+    for_each_field([&](const auto & field) {
+        std::fill((all.*field.values).begin(), (all.*field.values).end(), 1);
+        std::fill((last.*field.values).begin(), (last.*field.values).end(), 2);
+    });
+    append_layers(all, last);
+    size_t n_fields = 0;
+    for_each_field([&](const auto & field) {
+        CHECK((all.*field.values).size() == (field.per_expert ? 9u : 3u) && (all.*field.values).front() == 1 && (all.*field.values).back() == 2);
+        ++n_fields;
+    });
+    CHECK(n_fields == 7);
+    const Sums taken = split_last_layer(all, 3);
+    for_each_field([&](const auto & field) { CHECK(taken.*field.values == last.*field.values && (all.*field.values).back() == 1); });
+    Saliency saliency(2, 3);
+    saliency.restore(1, all);
+    CHECK(saliency.n_groups() == 2 && saliency.sums(1).norm_max[5] == 1.0);
+    CHECK(throws<UsageError>([&] { saliency.restore(0, taken); }));
+    CHECK(throws<UsageError>([&] { saliency.restore(SIZE_MAX, all); }));
 }
 
 static void test_tensor_reading() {
@@ -227,77 +228,29 @@ static void test_router_mask() {
     ggml_free(context);
 }
 
-static void test_model(const std::string & path, size_t n_experts, const std::vector<int> & layers) {
-    SessionOptions options;
-    options.model_path = path;
-    options.ctx_size = 64;
-    options.ubatch_size = 16;
-    options.batch_size = 32;  // two ubatches: the graph runs twice in one decode
-    options.threads = 2;
-    Session session(options);
-    session.start_profile(layers, n_experts);
-    std::vector<int32_t> tokens(50), positions(50), sequences(50, 0), groups(50, 0);
-    for (int i = 0; i < 50; ++i) {
-        tokens[i] = (i * 7) % session.n_vocab();
-        positions[i] = i;
-    }
-    const auto run = [&](size_t first, size_t n) {
-        session.profile_batch({tokens.data() + first, positions.data() + first, sequences.data(), n}, groups.data());
-    };
-    run(0, 32);
-    run(32, 18);
-    session.commit(1);
-    const Sums sums = session.sums(0);
-    for (size_t row = 0; row < layers.size(); ++row) {
-        CHECK(sums.total_tokens[row] == 50);
-    }
-    bool asked = false;
-    session.set_poll([&] { return asked = true; });
-    CHECK(throws<Interrupted>([&] { run(0, 32); }));
-    CHECK(asked);
-    session.set_poll(nullptr);
-    session.commit(1);
-    CHECK(session.sums(0).total_tokens[0] == 50);  // the interrupted batch left nothing
-    run(0, 32);
-    session.commit(1);
-    CHECK(session.sums(0).total_tokens[0] == 82);
-    tokens[3] = session.n_vocab();
-    CHECK(throws<UsageError>([&] { run(0, 32); }));
-    tokens[3] = 0;
-    CHECK(logits(session, tokens, 48).size() == 2 * static_cast<size_t>(session.n_vocab()));
-    CHECK(log_probs(session, tokens, 25).size() == 24);
-
-    const std::vector<float> whole = logits(session, tokens, 0);
-    RouterMask::Kept kept;
-    for (const int layer : layers) {
-        for (size_t expert = 0; expert < n_experts; expert += 2) {
-            kept[layer].push_back(static_cast<int32_t>(expert));
-        }
-    }
-    session.set_kept(kept);
-    CHECK(logits(session, tokens, 0) != whole);
-    asked = false;
-    session.set_poll([&] { return asked = true; });
-    CHECK(throws<Interrupted>([&] { logits(session, tokens, 0); }));
-    CHECK(asked);
-    session.set_poll(nullptr);
-    session.set_kept(std::nullopt);
-    CHECK(logits(session, tokens, 0) == whole);
-}
+// The others: test_process.cpp, test_session.cpp.
+void test_process();
+void test_options();
+void test_model(const std::string & path, size_t n_experts, const std::vector<int> & layers);
+void test_threads(const std::string & path, size_t n_experts, const std::vector<int> & layers);
 
 int main(int argc, char ** argv) {
     test_node_names();
     test_saliency_sums();
     test_saliency_refuses();
     test_tensor_reading();
+    test_sums_in_layers();
     test_router_mask();
+    test_process();
+    test_options();
     if (argc > 3) {
         std::vector<int> layers;
         for (int i = 3; i < argc; ++i) {
             layers.push_back(std::atoi(argv[i]));
         }
         test_model(argv[1], static_cast<size_t>(std::atoi(argv[2])), layers);
+        test_threads(argv[1], static_cast<size_t>(std::atoi(argv[2])), layers);
     }
-    std::printf("%d checks, %d failed\n", checks, failures);
+    std::printf("%d checks, %d failed\n", checks.load(), failures.load());
     return failures == 0 ? 0 : 1;
 }

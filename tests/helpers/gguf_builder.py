@@ -52,7 +52,10 @@ class MoeShape:
     n_groups_used: int = 0
     seed: int = 0
     name: str = "tiny"
-    tokenizer: str = "none"  # "none" or "words": tokens w0, w1, ...
+    tokenizer: str = (
+        "none"  # "none", "words": tokens w0, w1, ..., or "bpe": bytes, and runs of one byte (n_vocab of 320)
+    )
+    pre_tokenizer: str | None = "gpt-2"  # of "bpe"; None: the file does not say
     keys: Mapping[str, tuple[gguf.GGUFValueType, Any]] = field(default_factory=dict)
     extra: Mapping[str, Array] = field(default_factory=dict)  # more tensors, or others in place of the model's
     typed: Mapping[str, tuple[Array, GGMLQuantizationType]] = field(
@@ -130,6 +133,9 @@ def _add_tokenizer(writer: GGUFWriter, s: MoeShape) -> None:
         writer.add_tokenizer_model("none")
         writer.add_vocab_size(s.n_vocab)
         return
+    if s.tokenizer == "bpe":
+        _add_bpe(writer, s)
+        return
     # a SentencePiece-like vocabulary: <unk>, <s>, </s>, the bytes llama.cpp insists on where they fit, then words
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     kinds = [2, 3, 3, *([6] * 256)]
@@ -142,6 +148,31 @@ def _add_tokenizer(writer: GGUFWriter, s: MoeShape) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+
+
+RUNS = "aA0-Ġ"  # characters of which 2, 4 and 8 in a row are one token; Ġ is the space
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's character for each byte."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _add_bpe(writer: GGUFWriter, s: MoeShape) -> None:
+    runs = [run * n for run in RUNS for n in (2, 4, 8)]
+    tokens = [*byte_characters(), *runs, "<|end|>"]
+    assert len(tokens) <= s.n_vocab
+    kinds = [1] * (len(tokens) - 1) + [3] + [5] * (s.n_vocab - len(tokens))
+    tokens += [f"[unused{index}]" for index in range(s.n_vocab - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    if s.pre_tokenizer is not None:
+        writer.add_tokenizer_pre(s.pre_tokenizer)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([f"{run[: len(run) // 2]} {run[: len(run) // 2]}" for run in runs])
+    writer.add_eos_token_id(tokens.index("<|end|>"))
 
 
 def _tensors(s: MoeShape, rng: np.random.Generator) -> dict[str, tuple[Array, GGMLQuantizationType]]:

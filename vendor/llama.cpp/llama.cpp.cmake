@@ -67,6 +67,11 @@ list(FILTER reap_backends EXCLUDE REGEX "^(ggml|ggml-base)$|-feats$")
 set(reap_cpu_backends ${reap_backends})
 list(FILTER reap_cpu_backends INCLUDE REGEX "^ggml-cpu")
 
+# An assertion that fails becomes an exception (csrc/assertion_guard.cpp), which has to pass through ggml's C code.
+foreach(library ggml-base ${reap_cpu_backends})
+  target_compile_options(${library} PRIVATE $<$<COMPILE_LANGUAGE:C>:-fexceptions>)
+endforeach()
+
 # GCC's _tile_loadconfig tells the optimiser that it reads 8 bytes of a 64-byte configuration, so the stores behind the first 8 are
 # deleted as dead and the first AMX tile instruction faults. Keep those stores; the compile commands are checked by tests/test_build.py.
 # The variants share one directory, but a source property belongs to a directory: naming one target of it serves them all.

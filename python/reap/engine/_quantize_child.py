@@ -53,7 +53,7 @@ def read_job(job: dict[str, Any], core: Any) -> Any:
                 options.set_imatrix(name, values_of(matrix, name))
             dataset, chunks = matrix.origin()
             # what llama-quantize notes in the output, in its order
-            noted: list[tuple[str, str | int]] = [("quantize.imatrix.file", job["imatrix_name"])]
+            noted: list[tuple[str, str | bytes | int]] = [("quantize.imatrix.file", os.fsencode(job["imatrix_name"]))]
             noted += [("quantize.imatrix.dataset", dataset)] if dataset is not None else []
             noted += [("quantize.imatrix.entries_count", len(matrix.entries))]
             noted += [("quantize.imatrix.chunks_count", chunks)] if chunks > 0 else []
@@ -76,8 +76,8 @@ def work(job: dict[str, Any], answers: IO[str]) -> None:
         if job["output"] is None:
             say(result=core.quantized_size(options))
         else:
-            core.quantize(options, lambda begun, total: say(begun=begun, total=total))
-            say(result=0)
+            done = core.quantize(options, lambda begun, total: say(begun=begun, total=total))
+            say(result=0, **done)
     except ReapError as error:
         say(error=str(error))
 

@@ -26,6 +26,7 @@ PROFILE_CTX_SIZE = 2048
 EVALUATION_CTX_SIZE = 512
 
 DEFAULT_UBATCH = 512
+MOST_THREADS = 512  # GGML_MAX_N_THREADS
 FLASH_ATTENTION = ("auto", "on", "off")
 #: What the engine can keep the cache in: `_core.kv_cache_types()`, here so that it is checked without the engine.
 KV_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
@@ -202,7 +203,9 @@ class EngineOptions:
         None
     )
     ubatch_size: Annotated[int, Option(Whole(1), "-ub", "Tokens of one pass through the graph.")] = DEFAULT_UBATCH
-    threads: Annotated[int | None, Option(Whole(1, 512), "-t", "Threads; the cores that are there by default.")] = None
+    threads: Annotated[
+        int | None, Option(Whole(1, MOST_THREADS), "-t", "Threads; the cores that are there by default.")
+    ] = None
     gpu_layers: Annotated[int, Option(Whole(-(2**31)), "-ngl", "Layers on the device; -1 is all.")] = -1
     devices: Annotated[
         Sequence[str] | None,
@@ -311,7 +314,6 @@ def _as_json(value: Any) -> Any:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, as the scheduler sees it."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, as the scheduler sees it; no more than the engine can."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(n_cores, MOST_THREADS)

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import IO, Any
 
 import reap
 from reap.engine import native
-from reap.engine.options import usable_cores
+from reap.engine.options import MOST_THREADS, usable_cores
 from reap.errors import EngineError, FormatError, MismatchError, OutputError, UsageError
 from reap.files.atomic import check_output, check_space, written_elsewhere
 from reap.gguf.experts import read_architecture
@@ -105,8 +106,8 @@ def quantize(
         None if text is None else _check_type(text, core.tensor_types(), "tensor type")
         for text in (output_tensor_type, token_embedding_type)
     ]
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}, expected at least 1")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads is {threads}, expected 1 to {MOST_THREADS}")
     target = Path(output)
     with ExitStack() as stack:
         model = stack.enter_context(GGUFModel.open(source))
@@ -131,13 +132,14 @@ def quantize(
     job["imatrix"] = None if imatrix is None else os.path.abspath(imatrix)
     job["imatrix_name"] = None if imatrix is None else os.fspath(imatrix)
     if dry_run:
-        size = int(_run({**job, "output": None}, Path(source), None))
+        size = int(_run({**job, "output": None}, Path(source), None)["result"])
         types: dict[str, int] = {}
     else:
         with written_elsewhere(target, force=force) as temporary:
-            needed = _run({**job, "output": None}, Path(source), None)
+            needed = _run({**job, "output": None}, Path(source), None)["result"]
             check_space(target, int(needed) + _SLACK_BYTES)
-            _run({**job, "output": str(temporary)}, Path(source), progress)
+            done = _run({**job, "output": str(temporary)}, Path(source), progress)
+            warnings += _describe_fallbacks(done["fallbacks"])
             types, size = _read_back(temporary, target, n_tensors)
     return QuantizeReport(
         source=Path(source),
@@ -216,11 +218,21 @@ def _read_back(temporary: Path, target: Path, n_tensors: int) -> tuple[dict[str,
         raise OutputError(f"{target}: was not written as it should be: {error}") from None
 
 
+def _describe_fallbacks(fallbacks: Sequence[Sequence[str]]) -> list[str]:
+    """A sentence for each type that some tensors should have got and could not. fallbacks: (tensor, wanted, got)."""
+    counts = Counter((wanted, got) for _, wanted, got in fallbacks)
+    return [
+        f"{n} tensors are {got.upper()} and not {wanted.upper()}, because their rows do not divide into its blocks"
+        f" (the first is {next(name for name, *types in fallbacks if tuple(types) == (wanted, got))})"
+        for (wanted, got), n in counts.items()
+    ]
+
+
 # ---- the child
 
 
-def _run(job: Mapping[str, Any], source: Path, progress: ProgressCallback | None) -> float:
-    """Let a child do the job; what it answered. Raises EngineError for what it complains of."""
+def _run(job: Mapping[str, Any], source: Path, progress: ProgressCallback | None) -> dict[str, Any]:
+    """Let a child do the job; what it answered, "result" among it. Raises EngineError for what it complains of."""
     command = [
         sys.executable,
         str(Path(__file__).with_name("_quantize_child.py")),
@@ -241,7 +253,7 @@ def _run(job: Mapping[str, Any], source: Path, progress: ProgressCallback | None
             child.kill()
             raise
         if "result" in answer and status == 0:
-            return float(answer["result"])
+            return answer
         raise EngineError(
             " ".join(_RULES.sub(" ", answer.get("error", "")).split())
             or f"{source}: could not be quantised: {_last_words(log, status)}"
