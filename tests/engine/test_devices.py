@@ -222,12 +222,13 @@ def test_a_server_that_is_gone_is_not_asked(model: Path) -> None:
 import sys
 from reap.engine.devices import devices
 from reap.engine.options import EngineOptions
-from reap.engine.session import open_session
+from reap.engine.session import open_session, open_vocabulary
 open_session({str(model)!r}, EngineOptions(rpc=["127.0.0.1:{port}"]))
 assert any("127.0.0.1:{port}" in device.description for device in devices())
 print("used", flush=True)
 sys.stdin.readline()
 assert not any("127.0.0.1:{port}" in device.description for device in devices())
+assert open_vocabulary({str(model)!r}).n_vocab
 print("listed")
 """
         with subprocess.Popen(

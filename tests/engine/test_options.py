@@ -130,3 +130,12 @@ def test_the_record_is_json() -> None:
     assert record["override_tensors"] == [["exps", "CPU"]]
     assert record["devices"] == ["CUDA0"]
     assert EngineOptions(**record) == options
+
+
+def test_the_usual_context_is_within_the_model_s() -> None:
+    usual = EngineOptions.of({}, ctx_size=2048)
+    assert usual.within({}, 512).ctx_size == 512
+    assert usual.within({}, 4096).ctx_size == 2048
+    assert usual.within({}, 0).ctx_size == 2048
+    given = EngineOptions.of({"ctx_size": 2048}, ctx_size=512)
+    assert given.within({"ctx_size": 2048}, 512).ctx_size == 2048

@@ -382,7 +382,7 @@ def test_a_hostile_plan_or_profile_is_refused(
         assert str(caught.value).startswith(str(path))
         assert len(str(caught.value)) < 1000
         command = ["--plan", str(path)] if kind == "plan" else ["--profile", str(path), "--keep", "4"]
-        assert main(["prune", str(model_path), *command, "-o", str(tmp_path / "out.gguf")]) == 1
+        assert main(["prune", str(model_path), *command, "-o", str(tmp_path / "out.gguf")]) in (1, 2)
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert sorted(tmp_path.iterdir()) == before
 

@@ -95,7 +95,7 @@ def test_the_page_of_the_example(tmp_path: Path) -> None:
         "The plan keeps 16 of 32 experts in each of 4 layers, by reap.", "Gini of the load",
         "0 of 128 experts were never routed to",
         "embeddings and output", "fits, 8.00 GiB left", "Of all domains the plan serves", "None was found here",
-        "sample_calibration.jsonl", "sha256:9bb12aa421b8c2a105d5538881fb191fbdc222f8420b8c782678e1d6593d02c3",
+        "sample_calibration.jsonl", reap.inspect(MODEL).fingerprint,
     ):  # fmt: skip
         assert words in page.text, words
     figures = "experts layer distribution inequality load mass sizes criteria domains"

@@ -16,7 +16,7 @@ import os
 import re
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, TypedDict, TypeVar
 
 from reap.errors import UsageError
@@ -248,6 +248,12 @@ class EngineOptions:
         """The options that a function was given; `ctx_size` where it was given none."""
         given: EngineArguments = {"ctx_size": ctx_size, **arguments}
         return cls(**given)
+
+    def within(self, arguments: EngineArguments, trained: int) -> EngineOptions:
+        """The same; where `arguments` gave no ctx_size, at most the `trained` tokens of the model's own context."""
+        if "ctx_size" in arguments or not 0 < trained < self.ctx_size:
+            return self
+        return replace(self, ctx_size=trained)
 
     def record(self) -> dict[str, Any]:
         """What a profile keeps of them, as JSON types."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
-from reap.engine.session import default_context
 from reap.errors import ReapWarning
 from reap.evaluation.loops import Continuations, loop_metrics
 from reap.evaluation.plan_evaluator import PlanEvaluator, Reference, Steps
@@ -73,8 +72,9 @@ def evaluate(
     """
     started = time.perf_counter()
     the_plan = None if plan is None else PrunePlan.of(plan)
+    options = EngineOptions.of(engine, ctx_size=EVALUATION_CTX_SIZE)  # a misspelt option is said before a file is read
     info = inspect(model)  # before a reference is run for nothing
-    options = EngineOptions.of(engine, ctx_size=default_context(info, EVALUATION_CTX_SIZE))
+    options = options.within(engine, info.context_length)
     if the_plan is not None:
         check_plan(info, the_plan, allow_mismatch=allow_mismatch)
     has_other = reference is not None and not (

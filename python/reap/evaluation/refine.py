@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineOptions, shows_engine_options
-from reap.engine.session import default_context
 from reap.errors import Interrupted, ReapWarning, UsageError
 from reap.evaluation.hold_out import HoldOut, Verdict
 from reap.evaluation.keep_limits import allowed_keeps
@@ -104,8 +103,9 @@ def refine(
             f"refine needs a time above 0 (found {seconds:g} s) and, where passes are limited, a number from 0 on"
         )
     given = split_options(options, blend=None)
+    engine_options = EngineOptions.of(given.engine, ctx_size=EVALUATION_CTX_SIZE)
     info = inspect(model)
-    engine_options = EngineOptions.of(given.engine, ctx_size=default_context(info, EVALUATION_CTX_SIZE))
+    engine_options = engine_options.within(given.engine, info.context_length)
     source = Profile.of(profile)
     plans = plain_plans(source, keep, metric, given.plan)
     if mismatch := check_plan(info, next(iter(plans.values())), allow_mismatch=given.allow_mismatch):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineOptions, shows_engine_options
-from reap.engine.session import default_context
 from reap.errors import ReapWarning, UsageError
 from reap.evaluation.candidates import Choices
 from reap.evaluation.keep_limits import allowed_keeps, parse_increase
@@ -88,8 +87,9 @@ def sweep(
     A ReapWarning where part of the text was in the calibration.
     """
     given = split_options(options)
+    engine_options = EngineOptions.of(given.engine, ctx_size=EVALUATION_CTX_SIZE)
     info = inspect(model)
-    engine_options = EngineOptions.of(given.engine, ctx_size=default_context(info, EVALUATION_CTX_SIZE))
+    engine_options = engine_options.within(given.engine, info.context_length)
     source = Profile.of(profile)
     max_bytes = None if target_size is None else parse_size(target_size)
     increase = None if max_ppl_increase is None else parse_increase(max_ppl_increase)

@@ -71,6 +71,7 @@ def profile(
     engine = EngineOptions.of(for_engine, ctx_size=PROFILE_CTX_SIZE)
     info = inspect(model)
     require_moe(info)
+    engine = engine.within(for_engine, info.context_length)
     source = Calibration(calibration, ctx_size=engine.ctx_size or info.context_length, **for_text)
     layers, prediction = _layers(info, prediction_layers)
     keeper = None

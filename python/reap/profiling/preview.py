@@ -60,6 +60,7 @@ def preview(
     for_engine, for_text = divide("preview", options, EngineArguments, TextArguments)
     engine = EngineOptions.of(for_engine, ctx_size=PROFILE_CTX_SIZE)
     info = inspect(model)
+    engine = engine.within(for_engine, info.context_length)
     for_text = {"skip_bad_lines": True, **for_text}
     source = Calibration(calibration, ctx_size=engine.ctx_size or info.context_length, **for_text)
     tokenizer = open_vocabulary(model)
