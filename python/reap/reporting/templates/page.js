@@ -1,6 +1,6 @@
 "use strict";
-// Draws the figures of a page of reap. All text reaches the document through textContent or as plotly labels without tags.
-(() => {
+// Draws the plots of a page of reap. Text reaches the document through textContent or as plotly labels without tags.
+{
   const data = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
   const LIGHT = { ink: "#1a2230", soft: "#55606f", grid: "#e2e6ec", card: "#ffffff" };
@@ -10,19 +10,20 @@
   const [PRINT_WIDTH, PRINT_HEIGHT] = [680, 290];
   const CONFIG = {
     responsive: true, displaylogo: false, displayModeBar: "hover", toImageButtonOptions: { format: "svg" },
-    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // none that sends the figure anywhere
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // none that sends the plot anywhere
     plotlyServerURL: "", showSendToCloud: false,
   };
 
   function template(colours) {
     const axis = {
-      gridcolor: colours.grid, linecolor: colours.soft, zerolinecolor: colours.grid, tickcolor: colours.soft, automargin: true,
-      title: { standoff: 8 },
+      gridcolor: colours.grid, linecolor: colours.soft, zerolinecolor: colours.grid, tickcolor: colours.soft,
+      automargin: true, title: { standoff: 8 },
     };
     return { layout: {
       font: { color: colours.ink, size: 13, family: getComputedStyle(document.body).fontFamily },
       xaxis: axis, yaxis: axis, colorway: ["#2f86c7"],
-      hoverlabel: { bgcolor: colours.card, bordercolor: colours.soft, font: { color: colours.ink }, align: "left", namelength: -1 },
+      hoverlabel: { bgcolor: colours.card, bordercolor: colours.soft, font: { color: colours.ink }, align: "left",
+        namelength: -1 },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.soft, activecolor: colours.ink },
       annotationdefaults: { font: { color: colours.soft, size: 12 } },
     } };
@@ -62,165 +63,179 @@
 
   // ---- layer × expert
 
-  function experts() {
-    const it = data.experts;
-    const n = it.n_experts;
-    const kept = it.kept ? unpack(it.kept) : null;
-    const counts = unpack(it.counts);
-    const rankings = new Map();
+  const map = data.experts; // undefined on a page without it
+  const n = map ? map.n_experts : 0;
+  const kept = map && map.kept ? unpack(map.kept) : null;
+  const counts = map ? unpack(map.counts) : null;
+  const rankings = new Map();
+  const upTo = (length) => Array.from({ length }, (_, index) => index);
+  const fate = (index) => (kept ? (kept[index] ? "kept" : "removed") : "");
+  const remarks = (index) => [fate(index), counts[index] === 0 ? "never routed to" : ""].filter(Boolean).join(", ");
 
-    // as reap.ranking.order_experts: an undefined score last, then the higher count, then the lower id
-    function ranking(metric) {
-      if (!rankings.has(metric)) {
-        const scores = unpack(it.metrics[metric]);
-        rankings.set(metric, it.layers.map((_, row) => {
-          const base = row * n;
-          const value = (expert) => (Number.isNaN(scores[base + expert]) ? -Infinity : scores[base + expert]);
-          return Array.from({ length: n }, (_, expert) => expert).sort(
-            (a, b) => (value(b) > value(a)) - (value(b) < value(a)) || counts[base + b] - counts[base + a] || a - b);
-        }));
+  // as reap.scores.ranking.order_experts: an undefined score last, then the higher count, then the lower id
+  function rankLayer(scores, base) {
+    const value = (expert) => (Number.isNaN(scores[base + expert]) ? -Infinity : scores[base + expert]);
+    return upTo(n).sort(
+      (a, b) => (value(b) > value(a)) - (value(b) < value(a)) || counts[base + b] - counts[base + a] || a - b);
+  }
+
+  function ranking(metric) {
+    if (!rankings.has(metric)) {
+      const scores = unpack(map.metrics[metric]);
+      rankings.set(metric, map.layers.map((_, row) => rankLayer(scores, row * n)));
+    }
+    return rankings.get(metric);
+  }
+
+  function ranksOf(order) {
+    const ranks = new Array(n);
+    order.forEach((expert, place) => { ranks[expert] = place + 1; });
+    return ranks;
+  }
+
+  function median(values) {
+    const known = Array.from(values).filter((value) => value > 0).sort((a, b) => a - b);
+    const middle = known.length >> 1;
+    return known.length % 2 ? known[middle] : (known[middle - 1] + known[middle]) / 2;
+  }
+
+  function cells(metric, scaling) {
+    const scores = unpack(map.metrics[metric]);
+    const order = ranking(metric);
+    return map.layers.map((_, row) => {
+      const values = scores.subarray(row * n, (row + 1) * n);
+      if (scaling === "value") return Array.from(values);
+      if (scaling === "rank") return ranksOf(order[row]);
+      const middle = median(values);
+      return Array.from(values, (value) => (value > 0 ? Math.log2(value / middle) : NaN));
+    });
+  }
+
+  function range(z) {
+    const known = z.flat().filter(Number.isFinite).sort((a, b) => a - b);
+    if (!known.length) return [0, 1];
+    const low = known[Math.floor(0.01 * (known.length - 1))];
+    const high = known[Math.ceil(0.99 * (known.length - 1))];
+    return high > low ? [low, high] : [known[0], known[known.length - 1] + 1e-9];
+  }
+
+  // one path through each run of removed experts
+  function strikePath(ids, row) {
+    let path = "";
+    let start = -1;
+    for (let place = 0; place <= n; place += 1) {
+      const removed = place < n && !kept[row * n + ids[place]];
+      if (removed && start < 0) start = place;
+      if (!removed && start >= 0) {
+        path += `M${(start - 0.42).toFixed(2)},${row}H${(place - 0.58).toFixed(2)}`;
+        start = -1;
       }
-      return rankings.get(metric);
     }
+    return path;
+  }
 
-    const median = (values) => {
-      const known = Array.from(values).filter((value) => value > 0).sort((a, b) => a - b);
-      const middle = known.length >> 1;
-      return known.length % 2 ? known[middle] : (known[middle - 1] + known[middle]) / 2;
+  function strikes(columns) {
+    const path = kept ? columns.map(strikePath).join("") : "";
+    const stroke = (color, width) => (
+      { type: "path", path, xref: "x", yref: "y", layer: "above", line: { color, width } });
+    return path ? [stroke("#10151c", 2.8), stroke("#ffffff", 1.3)] : [];
+  }
+
+  const TICKS = {
+    relative: { title: "times the layer's median", tickvals: [-6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6],
+      ticktext: ["1/64", "1/32", "1/16", "1/8", "1/4", "1/2", "1", "2", "4", "8", "16", "32", "64"] },
+    value: { title: "value" },
+    rank: { title: "rank in the layer" },
+  };
+
+  function colorbar(scaling) {
+    const { title, ...ticks } = TICKS[scaling];
+    const wide = $("plot-experts").clientWidth >= 560;
+    return wide ? { title: { text: title, side: "right" }, thickness: 14, ...ticks }
+      : { title: { text: title, side: "top" }, thickness: 10, orientation: "h", y: -0.2, yanchor: "top", ...ticks };
+  }
+
+  function hoverCells(metric, columns) {
+    const scores = unpack(map.metrics[metric]);
+    return columns.map((ids, row) => {
+      const ranks = ranksOf(ranking(metric)[row]);
+      return ids.map((expert) => {
+        const index = row * n + expert;
+        return [map.layers[row], expert, short(scores[index]), ranks[expert], remarks(index)];
+      });
+    });
+  }
+
+  function mapLayout(order, columns) {
+    const rows = upTo(map.layers.length);
+    const step = 1 + Math.floor(rows.length / 24);
+    const tickvals = rows.filter((row) => row % step === 0);
+    return {
+      height: rows.length > 12 ? Math.max(380, Math.min(900, 110 + 13 * rows.length)) : 210 + 36 * rows.length,
+      margin: { l: 56, r: 12, t: 30, b: 48 },
+      shapes: strikes(columns),
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(128,136,146,0.18)",
+      xaxis: { title: { text: order === "score" ? "place in the layer, best first" : "expert" }, showgrid: false,
+        zeroline: false, dtick: n > 16 ? undefined : 1 },
+      yaxis: { title: { text: "layer" }, autorange: "reversed", showgrid: false, zeroline: false, tickvals,
+        ticktext: tickvals.map((row) => String(map.layers[row])) },
+      legend: {},
     };
-    const fate = (index) => (kept ? (kept[index] ? "kept" : "removed") : "");
+  }
 
-    function cells(metric, scaling) {
-      const scores = unpack(it.metrics[metric]);
-      const order = ranking(metric);
-      return it.layers.map((_, row) => {
-        const values = scores.subarray(row * n, (row + 1) * n);
-        if (scaling === "value") return Array.from(values);
-        if (scaling === "rank") {
-          const ranks = new Array(n);
-          order[row].forEach((expert, place) => { ranks[expert] = place + 1; });
-          return ranks;
-        }
-        const middle = median(values);
-        return Array.from(values, (value) => (value > 0 ? Math.log2(value / middle) : NaN));
-      });
-    }
-
-    function range(z) {
-      const known = z.flat().filter(Number.isFinite).sort((a, b) => a - b);
-      if (!known.length) return [0, 1];
-      const low = known[Math.floor(0.01 * (known.length - 1))];
-      const high = known[Math.ceil(0.99 * (known.length - 1))];
-      return high > low ? [low, high] : [known[0], known[known.length - 1] + 1e-9];
-    }
-
-    function strikes(columns) {
-      if (!kept) return [];
-      let path = "";
-      columns.forEach((ids, row) => {
-        let start = -1;
-        for (let place = 0; place <= n; place += 1) {
-          const removed = place < n && !kept[row * n + ids[place]];
-          if (removed && start < 0) start = place;
-          if (!removed && start >= 0) {
-            path += `M${(start - 0.42).toFixed(2)},${row}H${(place - 0.58).toFixed(2)}`;
-            start = -1;
-          }
-        }
-      });
-      const stroke = (color, width) => ({ type: "path", path, xref: "x", yref: "y", layer: "above", line: { color, width } });
-      return path ? [stroke("#10151c", 2.8), stroke("#ffffff", 1.3)] : [];
-    }
-
-    const TICKS = {
-      relative: { title: "times the layer's median", tickvals: [-6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6],
-        ticktext: ["1/64", "1/32", "1/16", "1/8", "1/4", "1/2", "1", "2", "4", "8", "16", "32", "64"] },
-      value: { title: "value" },
-      rank: { title: "rank in the layer" },
+  let columns = []; // of each layer, the experts from left to right as the map shows them
+  function redrawMap() {
+    const [metric, scaling, order] = [$("metric").value, $("scaling").value, $("order").value];
+    columns = order === "score" ? ranking(metric) : map.layers.map(() => upTo(n));
+    const z = cells(metric, scaling).map((values, row) => columns[row].map((expert) => values[expert]));
+    const [zmin, zmax] = range(z);
+    const trace = {
+      type: "heatmap", z, customdata: hoverCells(metric, columns), zmin, zmax, colorscale: data.scale,
+      reversescale: scaling === "rank", hoverongaps: true, colorbar: colorbar(scaling),
+      hovertemplate: `layer %{customdata[0]}, expert %{customdata[1]}<br>${metric} %{customdata[2]}, rank %{customdata[3]} of ${n}<br>%{customdata[4]}<extra></extra>`,
     };
+    draw("experts", [trace], mapLayout(order, columns));
+  }
 
-    let columns = [];
-    function redraw() {
-      const [metric, scaling, order] = [$("metric").value, $("scaling").value, $("order").value];
-      const scores = unpack(it.metrics[metric]);
-      const places = ranking(metric);
-      const whole = cells(metric, scaling);
-      const ids = Array.from({ length: n }, (_, expert) => expert);
-      columns = it.layers.map((_, row) => (order === "score" ? places[row] : ids));
-      const z = whole.map((values, row) => columns[row].map((expert) => values[expert]));
-      const customdata = columns.map((list, row) => {
-        const rank = new Array(n);
-        places[row].forEach((expert, place) => { rank[expert] = place + 1; });
-        return list.map((expert) => {
-          const index = row * n + expert;
-          const note = counts[index] === 0 ? "never routed to" : "";
-          return [it.layers[row], expert, short(scores[index]), rank[expert], [fate(index), note].filter(Boolean).join(", ")];
-        });
-      });
-      const [zmin, zmax] = range(z);
-      const { title, ...ticks } = TICKS[scaling];
-      const step = 1 + Math.floor(it.layers.length / 24);
-      const tickvals = it.layers.map((_, row) => row).filter((row) => row % step === 0);
-      const wide = $("plot-experts").clientWidth >= 560;
-      const trace = {
-        type: "heatmap", z, customdata, zmin, zmax, colorscale: data.scale, reversescale: scaling === "rank", hoverongaps: true,
-        hovertemplate: `layer %{customdata[0]}, expert %{customdata[1]}<br>${metric} %{customdata[2]}, rank %{customdata[3]} of ${n}<br>%{customdata[4]}<extra></extra>`,
-        colorbar: wide ? { title: { text: title, side: "right" }, thickness: 14, ...ticks }
-          : { title: { text: title, side: "top" }, thickness: 10, orientation: "h", y: -0.2, yanchor: "top", ...ticks },
-      };
-      draw("experts", [trace], {
-        height: it.layers.length > 12 ? Math.max(380, Math.min(900, 110 + 13 * it.layers.length)) : 210 + 36 * it.layers.length,
-        margin: { l: 56, r: 12, t: 30, b: 48 },
-        shapes: strikes(columns),
-        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(128,136,146,0.18)",
-        xaxis: { title: { text: order === "score" ? "place in the layer, best first" : "expert" }, showgrid: false, zeroline: false,
-          dtick: n > 16 ? undefined : 1 },
-        yaxis: { title: { text: "layer" }, autorange: "reversed", showgrid: false, zeroline: false, tickvals,
-          ticktext: tickvals.map((row) => String(it.layers[row])) },
-        legend: {},
-      });
-    }
+  // ---- the numbers of one expert, beside the map
 
-    function show(row, expert) {
-      const index = row * n + expert;
-      const box = $("readout");
-      box.replaceChildren();
-      const head = document.createElement("strong");
-      const state = [fate(index), counts[index] === 0 ? "never routed to" : ""].filter(Boolean).join(", ");
-      head.textContent = `Layer ${it.layers[row]}, expert ${expert}${state ? `: ${state}` : ""}`;
-      box.append(head);
-      const put = (name, value) => {
-        const cell = document.createElement("div");
-        const label = document.createElement("span");
-        label.textContent = name;
-        cell.append(label, value);
-        box.append(cell);
-      };
-      put("tokens routed to it", counts[index].toLocaleString("en"));
-      Object.entries(it.metrics).forEach(([metric, spec]) => {
-        const place = ranking(metric)[row].indexOf(expert) + 1;
-        put(metric, `${short(unpack(spec)[index])} (${place}.)`);
-      });
-      if (it.norm_max) put("norm_max", short(unpack(it.norm_max)[index]));
-      Object.entries(it.domains).forEach(([name, spec]) => put(`tokens of ${name}`, `${(100 * unpack(spec)[index]).toFixed(1)} %`));
-      $("at-layer").value = String(row);
-      $("at-expert").value = String(expert);
-    }
+  function facts(row, expert) {
+    const index = row * n + expert;
+    const lines = [["tokens routed to it", counts[index].toLocaleString("en")]];
+    Object.entries(map.metrics).forEach(([metric, spec]) => {
+      const place = ranking(metric)[row].indexOf(expert) + 1;
+      lines.push([metric, `${short(unpack(spec)[index])} (${place}.)`]);
+    });
+    if (map.norm_max) lines.push(["norm_max", short(unpack(map.norm_max)[index])]);
+    Object.entries(map.domains).forEach(([name, spec]) => {
+      lines.push([`tokens of ${name}`, `${(100 * unpack(spec)[index]).toFixed(1)} %`]);
+    });
+    return lines;
+  }
 
-    Object.keys(it.metrics).forEach((metric) => option($("metric"), metric));
-    $("metric").value = it.metric;
-    it.layers.forEach((layer, row) => option($("at-layer"), String(row), String(layer)));
-    $("at-expert").max = String(n - 1);
-    $("order").value = n > 128 ? "score" : "id"; // hundreds of cells in a row are a pattern only when sorted
-    ["metric", "scaling", "order"].forEach((id) => $(id).addEventListener("change", () => { redraw(); redrawLayer(); }));
-    const typed = () => {
-      const expert = Math.min(n - 1, Math.max(0, Math.trunc(Number($("at-expert").value)) || 0));
-      show(Number($("at-layer").value), expert);
-    };
-    ["at-layer", "at-expert"].forEach((id) => $(id).addEventListener("change", typed));
-    redraw();
-    show(0, ranking(it.metric)[0][0]);
-    const plot = $("plot-experts");
+  function factBox([name, value]) {
+    const cell = document.createElement("div");
+    const label = document.createElement("span");
+    label.textContent = name;
+    cell.append(label, value);
+    return cell;
+  }
+
+  function show(row, expert) {
+    const head = document.createElement("strong");
+    const state = remarks(row * n + expert);
+    head.textContent = `Layer ${map.layers[row]}, expert ${expert}${state ? `: ${state}` : ""}`;
+    $("readout").replaceChildren(head, ...facts(row, expert).map(factBox));
+    $("at-layer").value = String(row);
+    $("at-expert").value = String(expert);
+  }
+
+  function showTyped() {
+    const expert = Math.min(n - 1, Math.max(0, Math.trunc(Number($("at-expert").value)) || 0));
+    show(Number($("at-layer").value), expert);
+  }
+
+  function followPointer(plot) {
     plot.on("plotly_hover", (event) => {
       const [row, place] = event.points[0].pointIndex;
       show(row, columns[row][place]);
@@ -230,75 +245,100 @@
       $("layer-layer").value = String(event.points[0].pointIndex[0]);
       redrawLayer();
     });
-    data.ranking = ranking;
-    data.fate = fate;
+  }
+
+  function experts() {
+    Object.keys(map.metrics).forEach((metric) => option($("metric"), metric));
+    $("metric").value = map.metric;
+    map.layers.forEach((layer, row) => option($("at-layer"), String(row), String(layer)));
+    $("at-expert").max = String(n - 1);
+    $("order").value = n > 128 ? "score" : "id"; // hundreds of cells in a row are a pattern only when sorted
+    const redraw = () => { redrawMap(); redrawLayer(); };
+    ["metric", "scaling", "order"].forEach((id) => $(id).addEventListener("change", redraw));
+    ["at-layer", "at-expert"].forEach((id) => $(id).addEventListener("change", showTyped));
+    redrawMap();
+    show(0, ranking(map.metric)[0][0]);
+    followPointer($("plot-experts"));
   }
 
   // ---- the scores of one layer, best first
 
+  const ABOVE = { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" };
+  const CLEAR = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
+  const STYLE = { "": ["circle", "#2f86c7"], kept: ["circle", "#2f86c7"], removed: ["x-thin-open", "#cf6a1e"] };
+
+  function layerTrace(group, metric, row) {
+    const scores = unpack(map.metrics[metric]);
+    const places = ranking(metric)[row].map((expert, place) => [expert, place]);
+    const chosen = places.filter(([expert]) => fate(row * n + expert) === group);
+    const [symbol, color] = STYLE[group];
+    return {
+      type: "scatter", mode: "markers", name: group || metric, x: chosen.map(([, place]) => place + 1),
+      y: chosen.map(([expert]) => scores[row * n + expert]), customdata: chosen.map(([expert]) => expert),
+      marker: { symbol, color, size: n > 128 ? 6 : 9, line: { width: 2, color } },
+      hovertemplate: `expert %{customdata}<br>${metric} %{y:.4g}<extra>%{fullData.name}</extra>`,
+    };
+  }
+
+  function layerLayout(metric, row) {
+    const keep = kept ? upTo(n).filter((expert) => kept[row * n + expert]).length : n;
+    const border = { type: "line", x0: keep + 0.5, x1: keep + 0.5, y0: 0, y1: 1, yref: "paper",
+      line: { dash: "dot", width: 1.5, color: "#878e97" } };
+    return {
+      height: 340, margin: { l: 64, r: 16, t: 28, b: 48 }, showlegend: kept !== null,
+      legend: ABOVE, ...CLEAR,
+      xaxis: { title: { text: `place in layer ${map.layers[row]}, best first` }, dtick: n > 16 ? undefined : 1 },
+      yaxis: { title: { text: metric }, rangemode: "tozero" },
+      shapes: keep < n ? [border] : [],
+    };
+  }
+
   function redrawLayer() {
     if (!$("layer-layer") || !$("layer-layer").options.length) return;
-    const it = data.experts;
-    const n = it.n_experts;
     const row = Number($("layer-layer").value);
     const metric = $("metric").value;
-    const scores = unpack(it.metrics[metric]);
-    const order = data.ranking(metric)[row];
-    const groups = it.kept ? ["kept", "removed"] : [""];
-    const style = { "": ["circle", "#2f86c7"], kept: ["circle", "#2f86c7"], removed: ["x-thin-open", "#cf6a1e"] };
-    const traces = groups.map((group) => {
-      const places = order.map((expert, place) => [expert, place]).filter(([expert]) => data.fate(row * n + expert) === group);
-      return {
-        type: "scatter", mode: "markers", name: group || metric, x: places.map(([, place]) => place + 1),
-        y: places.map(([expert]) => scores[row * n + expert]), customdata: places.map(([expert]) => expert),
-        marker: { symbol: style[group][0], color: style[group][1], size: n > 128 ? 6 : 9, line: { width: 2, color: style[group][1] } },
-        hovertemplate: `expert %{customdata}<br>${metric} %{y:.4g}<extra>%{fullData.name}</extra>`,
-      };
-    });
-    const keep = it.kept ? order.filter((expert) => data.fate(row * n + expert) === "kept").length : n;
-    draw("layer", traces, {
-      height: 340, margin: { l: 64, r: 16, t: 28, b: 48 }, showlegend: groups.length > 1,
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      xaxis: { title: { text: `place in layer ${it.layers[row]}, best first` }, dtick: n > 16 ? undefined : 1 }, yaxis: { title: { text: metric }, rangemode: "tozero" },
-      shapes: keep < n ? [{ type: "line", x0: keep + 0.5, x1: keep + 0.5, y0: 0, y1: 1, yref: "paper", line: { dash: "dot", width: 1.5, color: "#878e97" } }] : [],
-    });
+    const groups = kept ? ["kept", "removed"] : [""];
+    draw("layer", groups.map((group) => layerTrace(group, metric, row)), layerLayout(metric, row));
   }
 
   function layer() {
-    data.experts.layers.forEach((number, row) => option($("layer-layer"), String(row), String(number)));
+    map.layers.forEach((number, row) => option($("layer-layer"), String(row), String(number)));
     $("layer-layer").addEventListener("change", redrawLayer);
     redrawLayer();
   }
 
   // ---- two profiles, one layer
 
-  function scatter() {
-    const it = data.scatter;
-    const n = it.n_experts;
+  const FATES = [["kept by both", "circle", "#2f86c7"], ["kept by A alone", "triangle-up-open", "#cf6a1e"],
+    ["kept by B alone", "square-open", "#a868b0"], ["kept by neither", "x-thin-open", "#878e97"]];
+
+  function scatterTrace(it, row, kind) {
     const [a, b, fates] = [unpack(it.a), unpack(it.b), unpack(it.fates)];
-    const KINDS_OF = [["kept by both", "circle", "#2f86c7"], ["kept by A alone", "triangle-up-open", "#cf6a1e"],
-      ["kept by B alone", "square-open", "#a868b0"], ["kept by neither", "x-thin-open", "#878e97"]];
-    function redraw() {
-      const row = Number($("scatter-layer").value);
-      const ids = Array.from({ length: n }, (_, expert) => expert);
-      const traces = KINDS_OF.map(([name, symbol, color], kind) => {
-        const chosen = ids.filter((expert) => fates[row * n + expert] === kind);
-        return {
-          type: "scatter", mode: "markers", name: `${name} (${chosen.length})`, customdata: chosen,
-          x: chosen.map((expert) => a[row * n + expert]), y: chosen.map((expert) => b[row * n + expert]),
-          marker: { symbol, color, size: n > 128 ? 7 : 9, line: { width: 2, color } },
-          hovertemplate: "expert %{customdata}<br>A %{x:.4g}, B %{y:.4g}<extra>%{fullData.name}</extra>",
-        };
-      });
-      draw("scatter", traces, {
-        height: 460, margin: { l: 64, r: 16, t: 28, b: 48 }, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
-        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-        xaxis: { title: { text: `${it.metric} in A` }, rangemode: "tozero" }, yaxis: { title: { text: `${it.metric} in B` }, rangemode: "tozero" },
-      });
-    }
-    it.layers.forEach((number, row) => option($("scatter-layer"), String(row), String(number)));
-    $("scatter-layer").addEventListener("change", redraw);
-    redraw();
+    const [name, symbol, color] = FATES[kind];
+    const base = row * it.n_experts;
+    const chosen = upTo(it.n_experts).filter((expert) => fates[base + expert] === kind);
+    return {
+      type: "scatter", mode: "markers", name: `${name} (${chosen.length})`, customdata: chosen,
+      x: chosen.map((expert) => a[base + expert]), y: chosen.map((expert) => b[base + expert]),
+      marker: { symbol, color, size: it.n_experts > 128 ? 7 : 9, line: { width: 2, color } },
+      hovertemplate: "expert %{customdata}<br>A %{x:.4g}, B %{y:.4g}<extra>%{fullData.name}</extra>",
+    };
+  }
+
+  function redrawScatter() {
+    const it = data.scatter;
+    const row = Number($("scatter-layer").value);
+    draw("scatter", FATES.map((_, kind) => scatterTrace(it, row, kind)), {
+      height: 460, margin: { l: 64, r: 16, t: 28, b: 48 }, legend: ABOVE, ...CLEAR,
+      xaxis: { title: { text: `${it.metric} in A` }, rangemode: "tozero" },
+      yaxis: { title: { text: `${it.metric} in B` }, rangemode: "tozero" },
+    });
+  }
+
+  function scatter() {
+    data.scatter.layers.forEach((number, row) => option($("scatter-layer"), String(row), String(number)));
+    $("scatter-layer").addEventListener("change", redrawScatter);
+    redrawScatter();
   }
 
   // ---- all of them, the first at once and the others as the browser gets to it
@@ -327,5 +367,6 @@
     const height = (id) => (id === "experts" ? heights[id] : Math.min(heights[id], PRINT_HEIGHT));
     restyle((id) => ({ template: template(LIGHT), width: PRINT_WIDTH, height: height(id), autosize: false }));
   });
-  addEventListener("afterprint", () => restyle((id) => ({ template: theme(), width: null, height: heights[id], autosize: true })));
-})();
+  addEventListener("afterprint", () => restyle(
+    (id) => ({ template: theme(), width: null, height: heights[id], autosize: true })));
+}
