@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_run_is_refused(model: Path, broken_model: Path,
     with pytest.raises(UsageError, match=r"run\.checkpoint: a resume file is there already"):
         profile(model, path, checkpoint=keep, **EXACT)
     again = {"checkpoint": keep, "resume": True, **EXACT}
-    with pytest.raises(MismatchError, match="options ctx_size 2048, where this one has 64"):
+    with pytest.raises(MismatchError, match="options ctx_size 256, where this one has 64"):
         profile(model, path, ctx_size=64, **again)
     with pytest.raises(MismatchError, match="options mask 'all'"):
         profile(model, path, mask="response", **again)
