@@ -77,7 +77,7 @@ tokenizer). For the {{n_moe}} that have experts, the experts are repeated with n
 
 Only samples count in which the last expert selected is ahead of the first one not selected by {LEAST_GAP:g}
 everywhere, so that equal
-counts are no matter of luck.
+counts are not a matter of luck.
 """
 
 

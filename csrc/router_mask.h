@@ -37,7 +37,7 @@ class RouterMask {
     bool wants(const ggml_tensor * node);
     void apply(ggml_tensor * node);
 
-    // A batch: begin, decode, then check that every layer was masked for every token. Graphs may drop the tokens whose logits nobody wants
+    // A batch: begin, decode, then check that every layer was masked for every token. Graphs may drop the tokens whose logits are not wanted
     // before their last layer.
     void begin_batch();
     void check_batch(size_t n_tokens, size_t n_wanted) const;

@@ -156,7 +156,7 @@ def test_plans_are_judged_as_well(work: Path) -> None:
         ({"seeds": 0}, "seeds is 0"),
         ({"max_ppl_increase": "5"}, "should be a percentage"),
         ({"target_size": "many"}, "should be a number of bytes"),
-        ({"protect": "9:1"}, "layer 9 is no MoE layer"),
+        ({"protect": "9:1"}, "layer 9 is not a MoE layer"),
     ],
 )
 def test_calls_that_cannot_work(options: dict[str, Any], problem: str, work: Path) -> None:

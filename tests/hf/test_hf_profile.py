@@ -341,7 +341,7 @@ def test_device_map(folder: Path, calibration: Path, layers: str) -> None:
 
 
 def test_refusals(folder: Path, calibration: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no folder, where a Hugging Face checkpoint"):
+    with pytest.raises(UsageError, match="no such file; a Hugging Face checkpoint was expected"):
         hf.profile(tmp_path / "absent", calibration)
     with pytest.raises(UsageError, match=r"no config\.json"):
         hf.profile(tmp_path, calibration)

@@ -166,7 +166,7 @@ def test_protected_experts_stay(protect: Any) -> None:
 @pytest.mark.parametrize(
     ("protect", "message"),
     [
-        ("7:0", "layer 7 is no MoE layer of the profile, which has 0, 1"),
+        ("7:0", "layer 7 is not a MoE layer of the profile, which has 0, 1"),
         ("0:4", "layer 0 has experts 0 to 3, no 4"),
         ("0:0,0:1,0:2", "layer 0 has 3 protected experts, but every layer keeps 2"),
         ("1", "layer 1 has 4 protected experts, but every layer keeps 2"),

@@ -474,7 +474,7 @@ def test_templates_render_as_transformers_does() -> None:
         ("{{ messages[5].content.x }}", "the template cannot render"),
         ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "the template cannot render"),
         ("{% for i in range(1000000) %}{% endfor %}", "the template cannot render"),
-        ("{% if %}", "the template: is no chat template"),
+        ("{% if %}", "the template: is not a chat template"),
     ],
 )
 def test_templates_are_boxed_in(source: str, message: str) -> None:

@@ -91,7 +91,8 @@ METRIC = typer.Option(
 Metric = Annotated[str, METRIC]
 KEEP_FORM = "N|FRACTION|P%"
 Protect = Annotated[
-    list[str] | None, typer.Option("--protect", metavar="LAYER:ID,...", help="Experts to keep whatever their score.")
+    list[str] | None,
+    typer.Option("--protect", metavar="LAYER:ID,...", help="Experts to keep regardless of their score."),
 ]
 SuperExperts = Annotated[bool, typer.Option("--super-experts", help="Protect experts with an outlying output as well.")]
 BLEND = typer.Option(
@@ -256,7 +257,7 @@ _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%", re.ASCII)
 
 
 def parse_keep(text: str) -> Keep:
-    """A number of experts (64), or a fraction of them: with a point (0.5), or in percent (50%)."""
+    """A number of experts (64), or a fraction of them (0.5, or 50%)."""
     percent = _PERCENT.fullmatch(text.strip())
     try:
         if percent:
@@ -284,7 +285,7 @@ def parse_variables(text: str | None) -> dict[str, Any] | None:
 
 
 def parse_metric(text: str | None) -> str | None:
-    """The name of a score, in whatever case it is written."""
+    """The name of a score, in upper or lower case."""
     return None if text is None else text.strip().lower()
 
 

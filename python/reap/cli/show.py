@@ -24,7 +24,7 @@ from reap.progress import Progress as Step
 from reap.progress import ProgressCallback
 
 LINE_SECONDS = 10.0  # between lines of progress where stderr is not a terminal
-_PIPE_WIDTH = 200  # rich would cut tables at 80 columns where nobody looks at a screen
+_PIPE_WIDTH = 200  # rich would cut tables at 80 columns where there is no screen
 
 
 def console() -> Console:

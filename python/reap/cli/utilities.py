@@ -210,7 +210,7 @@ def rpc_server(
 ) -> None:
     """Lend this machine's devices to a `reap profile --rpc` elsewhere.
 
-    The protocol has no password and trusts whoever connects: keep it on this machine, or inside a network that you
+    The protocol has no password and trusts anyone who connects: keep it on this machine, or inside a network that you
     trust.
     """
     import signal
@@ -219,7 +219,7 @@ def rpc_server(
 
     if not host.startswith("127.") and host not in ("localhost", "::1"):
         say(
-            f"warning: whoever can reach {host}:{port} can use and read this process; listen on a network that you"
+            f"warning: anyone who can reach {host}:{port} can use and read this process; listen on a network that you"
             " trust alone"
         )
     say(f"serving at {host}:{port}; Ctrl-C ends it")

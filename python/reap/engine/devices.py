@@ -111,7 +111,7 @@ def load_problem(library: Path) -> str:
 def serve_rpc(host: str, port: int, threads: int | None = None) -> None:
     """Lend this machine's devices to others over llama.cpp's RPC protocol, until the process is ended.
 
-    The protocol trusts whoever connects: it must not be reachable from outside. Raises UsageError for a port that
+    The protocol trusts anyone who connects: it must not be reachable from outside. Raises UsageError for a port that
     cannot be, or where something else listens.
     """
     if not 0 < port < 65536:

@@ -33,7 +33,7 @@ from reap.gguf.tensor_types import TENSOR_TYPES
 from reap.progress import Progress, ProgressCallback
 
 _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
-_SLACK_BYTES = 1 << 20  # the size foretold is exact to a hundredth of a MiB
+_SLACK_BYTES = 1 << 20  # the size estimated is exact to a hundredth of a MiB
 _MOST_LOG_BYTES = 4096
 _RULES = re.compile("={4,}")  # lines across the page, in the engine's log
 
@@ -91,7 +91,7 @@ def quantize(
         quantize_output: False: leave output.weight as it is
         output_tensor_type, token_embedding_type, tensor_types: a type for output.weight, for the embedding, for what a
             regular expression finds
-        dry_run: check everything, foretell the size, write nothing
+        dry_run: check everything, estimate the size, write nothing
         progress: called with tensors begun, of tensors in all
 
     The result is that of llama-quantize with the same options, byte for byte. Raises UsageError (paths, options,

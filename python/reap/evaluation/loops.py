@@ -59,7 +59,7 @@ class Continuations:
 
 
 def choose_prompts(windows: Sequence[NDArray[np.int32]], ctx_size: int) -> tuple[list[NDArray[np.int32]], int]:
-    """Beginnings of a few windows, spread evenly, and how many new tokens fit behind each."""
+    """Beginnings of a few windows, spread evenly, and how many new tokens fit after each."""
     n_prompts = min(N_PROMPTS, len(windows))
     length = min(PROMPT_TOKENS, max(1, ctx_size // 4))
     chosen = [windows[index * len(windows) // n_prompts][:length] for index in range(n_prompts)]
@@ -69,7 +69,7 @@ def choose_prompts(windows: Sequence[NDArray[np.int32]], ctx_size: int) -> tuple
 def continue_prompts(
     session: _core.Session, prompts: Sequence[NDArray[np.int32]], new_tokens: int, report: Callable[[int], None]
 ) -> Continuations:
-    """Let the model go on behind each prompt; `report` gets the number of prompts done."""
+    """Let the model continue each prompt; `report` gets the number of prompts done."""
     continuations = []
     for index, prompt in enumerate(prompts):
         continuations.append(tuple(session.generate(prompt, new_tokens).tolist()))

@@ -198,7 +198,7 @@ class PlanEvaluator:
         return self._evaluation(plan, scores, reference, time.perf_counter() - started)
 
     def continuations(self, plan: PrunePlan | None = None, progress: ProgressCallback | None = None) -> Continuations:
-        """How the model goes on behind the loop probe's prompts with the experts that `plan` keeps; of all of them,
+        """How the model continues the loop probe's prompts with the experts that `plan` keeps; of all of them,
         computed once."""
         if plan is None and self._continuations is not None:
             return self._continuations
@@ -299,7 +299,7 @@ class Steps:
         self._n_done = 0
 
     def next(self) -> ProgressCallback | None:
-        """The callback of the next pass; None where nobody listens."""
+        """The callback of the next pass; None where there is no listener."""
         progress, index = self._progress, self._n_done
         self._n_done += 1
         if progress is None:

@@ -55,7 +55,7 @@ class SearchState:
     worth: dict[Expert, float] = field(default_factory=dict)
     """By how much the loss is lower with an expert than without: the mean over the visits."""
     weight: dict[Expert, float] = field(default_factory=dict)
-    """Visits behind each worth, those before the layer last changed counting less."""
+    """Visits that each worth rests on, those before the layer last changed counting less."""
     stats: SearchStats = field(default_factory=SearchStats)
     """What was done so far."""
 

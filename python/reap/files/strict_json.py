@@ -181,7 +181,7 @@ class Bounds:
     containers: int
     #: members of objects
     members: int
-    #: of lists and objects, but for the first of each
+    #: of lists and objects, except the first of each
     values: int
 
     def exceeded(self, raw: bytes, factor: int = 1) -> str | None:

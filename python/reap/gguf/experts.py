@@ -27,7 +27,7 @@ class Role(Enum):
 
 
 class Rule(NamedTuple):
-    """One line of the table. pattern: of the name behind `blk.N.`; n_dims: axes a CUT tensor must have."""
+    """One line of the table. pattern: of the name after `blk.N.`; n_dims: axes a CUT tensor must have."""
 
     pattern: str
     role: Role
@@ -191,7 +191,7 @@ def read_layout(model: GGUFModel) -> ExpertLayout:
 
 
 def _blocks(model: GGUFModel) -> dict[int, dict[str, TensorInfo]]:
-    """Block index -> name behind `blk.N.` -> tensor."""
+    """Block index -> name after `blk.N.` -> tensor."""
     blocks: dict[int, dict[str, TensorInfo]] = {}
     for tensor in model.tensors.values():
         match = _BLOCK_NAME.fullmatch(tensor.name)

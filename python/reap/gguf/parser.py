@@ -74,7 +74,7 @@ class MetadataValue:
     """One metadata pair, decoded only when `.value` is asked for.
 
     type, array_type: `ValueType` ids; array_type is None for a scalar. length: number of elements, 1 for a scalar.
-    raw: the exact bytes behind the value's type id; an array's begin with its element type and its length.
+    raw: the exact bytes after the value's type id; an array's begin with its element type and its length.
     offset_bytes, n_bytes: where the whole pair, key and type included, lies in the file.
     """
 

@@ -368,7 +368,7 @@ class _Run:
 
 
 class _Meter:
-    """How far a run is, and how fast: tokens passed over are no work."""
+    """How far a run is, and how fast: tokens passed over are not work."""
 
     def __init__(self, progress: ProgressCallback | None, total: Callable[[], int | None]) -> None:
         self._progress, self._total = progress, total

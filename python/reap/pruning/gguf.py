@@ -178,7 +178,7 @@ def parse_size(size: int | str) -> int:
     match = None if isinstance(size, bool) else _SIZE.fullmatch(str(size))
     n_bytes = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
     if n_bytes < 1:
-        raise UsageError(f"size {size!r} should be a number of bytes, or one with K, M, G or T behind it, such as 4G")
+        raise UsageError(f"size {size!r} should be a number of bytes, or one followed by K, M, G or T, such as 4G")
     return n_bytes
 
 
@@ -278,7 +278,7 @@ def _new_tensor(model: GGUFModel, tensor: TensorInfo, kept: tuple[int, ...] | No
 
 
 def _provenance(model: GGUFModel, plan: PrunePlan, kept: Kept, info: ModelInfo) -> Iterator[bytes]:
-    """Encoded pairs that say what was kept, in ids of the model that nobody had pruned yet."""
+    """Encoded pairs that say what was kept, in ids of the original model, before any pruning."""
     from reap import __version__
 
     fingerprint, n_experts, original = _origin(model, info)

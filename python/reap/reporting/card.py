@@ -104,7 +104,7 @@ def _is_of(profile: Profile, origin: _Origin, before: ModelInfo | None) -> bool:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a pruned file says of the model that nobody had pruned yet."""
+    """What a pruned file says of the original model, before any pruning."""
 
     metric: str
     fingerprint: str

@@ -42,7 +42,7 @@ HEIGHT = 380
 
 
 def figure(*traces: Any, **layout: Any) -> Any:
-    """A figure in the manner of the page: a small margin, the legend above, the ground left to whoever shows it."""
+    """A figure in the manner of the page: a small margin, the legend above, the ground left to the page around it."""
     made = go.Figure(data=list(traces))
     made.update_layout(
         template="none",

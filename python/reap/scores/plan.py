@@ -80,7 +80,7 @@ class PrunePlan:
 
     @property
     def calibration_sha256(self) -> tuple[str, ...]:
-        """Hex digests of the calibration files behind the plan."""
+        """Hex digests of the plan's calibration files."""
         return tuple(self.calibration.get("sha256") or ())
 
     def removed(self, layer: int) -> tuple[int, ...]:

@@ -128,10 +128,10 @@ class Profile:
         return self.parts[name]
 
     def row(self, layer: int) -> int:
-        """Which row of the arrays holds block `layer`. UsageError where it is no MoE layer of the profile."""
+        """Which row of the arrays holds block `layer`. UsageError where it is not a MoE layer of the profile."""
         rows = np.flatnonzero(self.layers == layer)
         if not rows.size:
-            raise UsageError(f"layer {layer} is no MoE layer of the profile, which has {span(self.layers)}")
+            raise UsageError(f"layer {layer} is not a MoE layer of the profile, which has {span(self.layers)}")
         return int(rows[0])
 
     def score(self, metric: str = "reap", *, seed: int = 0) -> Floats:

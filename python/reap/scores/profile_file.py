@@ -188,11 +188,11 @@ def _read_reference(root: Node) -> Stored:
     """A file of llama-expert-profile: layers at the top level, means instead of sums, so that a sum is n · mean."""
     layers = {key: value for key, value in root.members().items() if LAYER_KEY.fullmatch(key)}
     if not layers:
-        root.fail(f'is no profile: it has neither "format": "{FORMAT}" nor layers at the top level')
+        root.fail(f'is not a profile: it has neither "format": "{FORMAT}" nor layers at the top level')
     nodes = layer_nodes(Node(layers, root.where))
     n_experts = len(next(iter(nodes.values()))["activation_counts"].entries())
     if not n_experts:
-        root.fail("is no profile: its layers have no experts")
+        root.fail("is not a profile: its layers have no experts")
     rows = [_load_reference_layer(node, n_experts) for node in nodes.values()]
     records: dict[str, dict[str, Any]] = {
         "model": {"n_experts": n_experts},

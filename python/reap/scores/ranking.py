@@ -40,7 +40,7 @@ def resolve_keep(keep: Keep, n_experts: int, n_groups: int = 1, model: Mapping[s
 
 def _from_fraction(keep: Any, n_experts: int, n_groups: int) -> int:
     if not math.isfinite(keep) or not 0 < keep <= 1:
-        raise UsageError(f"keep {keep} is no fraction between 0 and 1 (a number of experts is written without a point)")
+        raise UsageError(f"keep {keep} is not a fraction between 0 and 1 (0.5 is a fraction, 64 a number of experts)")
     share = Decimal(repr(float(keep))) * n_experts / n_groups
     return min(int(share.to_integral_value(ROUND_HALF_UP)) * n_groups, n_experts)
 

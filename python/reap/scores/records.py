@@ -111,12 +111,13 @@ def check_calibration(record: Node) -> None:
 
 
 def layer_nodes(layers: Node) -> dict[int, Node]:
-    """The members of a "layers" object by block index, ascending. FormatError for none, or for a key that is no plain
+    """The members of a "layers" object by block index, ascending. FormatError for none, or for a key that is not a
+    plain
     number."""
     nodes = {}
     for key, node in layers.items():
         if not LAYER_KEY.fullmatch(key):
-            node.fail("is no layer number")
+            node.fail("is not a layer number")
         nodes[int(key)] = Node(node.value, f"{layers.where.removesuffix(': layers')}: layer {key}")
     if not 0 < len(nodes) <= LAYER_LIMIT:
         layers.fail(f"holds {len(nodes)} layers")

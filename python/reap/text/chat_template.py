@@ -89,7 +89,7 @@ class ChatTemplate:
         try:
             self._template = environment.compile_template(self.source)
         except Exception as error:  # deep nesting ends in a RecursionError, and Python has limits of its own
-            raise CalibrationError(f"{origin}: is no chat template: {_detail(error)}") from error
+            raise CalibrationError(f"{origin}: is not a chat template: {_detail(error)}") from error
 
     @cached_property
     def marks_generation(self) -> bool:

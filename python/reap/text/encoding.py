@@ -138,7 +138,8 @@ class Encoder:
         return ids, [any(start < end and a < end and start < b for a, b in byte_spans) for start, end in located]
 
     def _end_of_part(self, ids: list[int], sample: Sample) -> list[int]:
-        """A text file's part without what the tokenizer puts at the end of a text, but for the last, which has it."""
+        """A text file's part without what the tokenizer puts at the end of a text, except the last part, which has
+        it."""
         plain, whole = (self._tokenizer.tokenize("a", add_special=flag, parse_special=False) for flag in (False, True))
         n_end = 0
         while n_end < len(whole) - len(plain) and whole[: len(whole) - n_end][-len(plain) :] != plain:

@@ -94,7 +94,7 @@ def read_evaluation_text(
     it are not parsed. Of several files each is a domain, named as the file without its suffixes, except for lines that
     name their own; the files of one folder are one domain.
     Every domain is cut into whole windows; the first token of each is replaced by BOS where the model adds one; the end
-    that is shorter than a window is dropped, and so is what lies behind the first `max_windows` windows of a domain.
+    that is shorter than a window is dropped, and so is what follows the first `max_windows` windows of a domain.
 
     Raises UsageError for a file that cannot be read, CalibrationError for one that cannot be used, or a domain shorter
     than a window.

@@ -96,7 +96,7 @@ def _recognise(stream: ByteStream, columns: Mapping[str, str] | None) -> DataFil
 
 
 def _is_array(stream: ByteStream, suffix: str) -> bool:
-    """Whether a JSON file that begins with a bracket is one array: always, but for Lines that are broken."""
+    """Whether a JSON file that begins with a bracket is one array: always, except for Lines that are broken."""
     return suffix == ".json" or bool(_ARRAY.match(_after_bracket(stream)))
 
 

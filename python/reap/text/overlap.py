@@ -106,7 +106,7 @@ def read_sketch(record: Node) -> Sketch:
     try:
         raw = base64.b64decode(node.string().encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
-        node.fail("is no base64")
+        node.fail("is not base64")
     if len(raw) % _BYTES or len(raw) > CAPACITY * _BYTES:
         node.fail(f"should be at most {CAPACITY:,} hashes of {_BYTES} bytes, found {len(raw):,} bytes")
     wide = np.zeros((len(raw) // _BYTES, 8), dtype=np.uint8)

@@ -116,7 +116,7 @@ _BUDGET: ContextVar[Budget | None] = ContextVar("budget", default=None)
 
 @contextmanager
 def spending(budget: Budget) -> Iterator[None]:
-    """The budget of whatever is rendered in this context."""
+    """The budget of what is rendered in this context."""
     token = _BUDGET.set(budget)
     try:
         yield

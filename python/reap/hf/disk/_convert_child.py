@@ -92,7 +92,7 @@ def _outfile(arguments: list[str]) -> str:
 
 
 def add_keys(keys: dict[str, Any]) -> None:
-    """Write `keys` behind those of the converter, in the types that `reap.prune` gives them."""
+    """Write `keys` after those of the converter, in the types that `reap.prune` gives them."""
     gguf = importlib.import_module("gguf")
     original = gguf.GGUFWriter.write_header_to_file
 

@@ -130,7 +130,7 @@ def patch_config(
     kept: Mapping[str, Sequence[int]],
     zeros: Sequence[str] = (),
 ) -> str:
-    """config.json with the new number of experts; every other byte stays, but for experts that `quantization_config`
+    """config.json with the new number of experts; every other byte stays, except for experts that `quantization_config`
     names one by one.
 
     kept: name of each MoE block -> ids that stay. zeros: keys of numbers that become 0.

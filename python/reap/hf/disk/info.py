@@ -19,7 +19,7 @@ from reap.hf.disk.config import first_count
 from reap.hf.disk.layout import CheckpointLayout, read_checkpoint_layout
 from reap.hf.disk.safetensors_file import StoredTensor
 
-#: Not "sha256:", which a GGUF file's fingerprint begins with: the two are never equal, and nobody should compare them.
+#: Not "sha256:", which a GGUF file's fingerprint begins with: the two are never equal and must not be compared.
 FINGERPRINT_KIND = "hf-sha256"
 PROVENANCE_FORMAT = "reap.provenance"
 TOKENIZER = "tokenizer.json"

@@ -55,7 +55,7 @@ _BESIDE = re.compile(
 )
 #: Stacked matrices without `experts` in their names (Granite, JetMoE, Step-3.5).
 _STACKED = re.compile(r"(input_linear|output_linear|gate_proj|up_proj|down_proj|gate_up_proj)([._].+)?")
-#: All experts' rows one behind the other in one matrix (DBRX).
+#: All experts' rows one after the other in one matrix (DBRX).
 _ROWS = re.compile(r"mlp\.(w1|v1|w2)(\.weight)?")
 _EXPERT_WORD = re.compile(r"(?:^|[._])(?:chunk_)?experts?(?:[._]|$)|tid2eid")
 _SHARED_WORD = re.compile(r"shared?_experts?")
@@ -81,7 +81,7 @@ class CheckpointLayout:
     """Where the experts of a checkpoint are.
 
     n_layers: blocks of the language model, without prediction (MTP) layers. blocks: layer -> name of its MoE block,
-    ascending; a prediction layer has the number that it gets in a GGUF file, behind all others. follows: name of each
+    ascending; a prediction layer has the number that it gets in a GGUF file, after all others. follows: name of each
     tensor that depends on the experts -> how. counts: what config.json says. refusals: why it cannot be pruned.
     """
 
@@ -142,7 +142,7 @@ class _Finder:
             tensor.name: tensor for tensor in checkpoint.tensors if not _TOWERS & set(tensor.name.split("."))
         }
         self.single: dict[str, dict[str, tuple[int, str, str]]] = {}  # block -> name -> expert, prefix, suffix
-        self.fused: dict[str, dict[str, str]] = {}  # block -> name -> name behind `experts.`
+        self.fused: dict[str, dict[str, str]] = {}  # block -> name -> name after `experts.`
         for name in self.tensors:
             if match := _ONE_EXPERT.fullmatch(name):
                 self.single.setdefault(match["block"], {})[name] = (
@@ -154,7 +154,7 @@ class _Finder:
                 self.fused.setdefault(match["block"], {})[name] = match["rest"]
         self.by_parent: dict[
             str, dict[str, StoredTensor]
-        ] = {}  # every ancestor -> name behind it -> tensor, single experts left out
+        ] = {}  # every ancestor -> name after it -> tensor, single experts left out
         for name, tensor in self.tensors.items():
             if _ONE_EXPERT.fullmatch(name):
                 continue  # there may be a hundred thousand of them
@@ -282,7 +282,7 @@ class _Finder:
 def _number(checkpoint: Checkpoint, blocks: list[str]) -> tuple[dict[int, str], int, tuple[int, ...]]:
     """(layer -> block, number of ordinary layers, prediction layers), layers numbered as in a GGUF file.
 
-    `mtp.*` blocks come behind the ordinary layers, in their order; a checkpoint that numbers them on (DeepSeek, GLM)
+    `mtp.*` blocks come after the ordinary layers, in their order; a checkpoint that numbers them on (DeepSeek, GLM)
     has them there.
     """
     ordinary = [block for block in blocks if not _PREDICTION & set(block.split("."))]

@@ -31,7 +31,7 @@ from reap.scores.plan import plan as make_plan
 from reap.scores.profile import Profile
 
 _SAMPLE_BYTES = 4096
-_MOST_SAMPLED = 100  # tensors of one file, but for routers
+_MOST_SAMPLED = 100  # tensors of one file, except routers
 _COMPARE_BYTES = 8 << 20
 #: Numbers of prediction layers in config.json, which become 0 where those are left out.
 _PREDICTION_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
@@ -83,7 +83,8 @@ def prune(
         progress: called with bytes written, of bytes in all
 
     Each tensor stays in the file that it was in; experts are numbered anew; config.json changes only in the number of
-    experts; reap.json says what was kept. Everything else that is no weight is carried over. In the report, files are
+    experts; reap.json says what was kept. Everything else that is not a weight is carried over. In the report,
+    files are
     what was written, sizes are of the weights' files.
 
     Raises UsageError (paths, options, a plan that no such model can follow), MismatchError (a plan of another model),
@@ -254,7 +255,7 @@ class _Job:
         return {**index, "metadata": metadata, "weight_map": weight_map}
 
     def _provenance(self) -> dict[str, Any]:
-        """Which experts are left, in ids of the checkpoint that nobody had pruned yet."""
+        """Which experts are left, in ids of the original checkpoint."""
         from reap import __version__
 
         start, mismatch = origin(self.info), recorded_mismatch(self.info, self.plan)

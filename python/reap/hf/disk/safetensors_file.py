@@ -125,7 +125,7 @@ class SafetensorsFile(RegularFile):
         return length, raw
 
     def _check_coverage(self, tensors: list[StoredTensor], start: int) -> None:
-        """The tensors lie one behind the other, from the header's end to the end of the file."""
+        """The tensors follow one another, from the header's end to the end of the file."""
         end = start
         for tensor in tensors:
             if tensor.offset_bytes != end:
@@ -146,7 +146,7 @@ def _read_entry(name: str, node: Node, start: int) -> StoredTensor:
         node.fail("has a name that is not valid Unicode")
     dtype = node["dtype"].string()
     if dtype not in DTYPE_BITS:
-        node["dtype"].fail(f"is {shorten(dtype)}, which is no type of safetensors that reap knows")
+        node["dtype"].fail(f"is {shorten(dtype)}, which is not a type of safetensors that reap knows")
     shape = _numbers(node["shape"], MAX_DIMS)
     offsets = _numbers(node["data_offsets"], 2)
     if len(offsets) != 2 or offsets[1] < offsets[0]:

@@ -6,7 +6,8 @@ comes back are the outputs f themselves, computed once, by whatever implementati
 or batched products), biases and scales included. Their norms are taken, and the sum of gate times f goes on to the
 model.
 
-Experts that are a list of modules are called by code that nobody can know. So the block runs a second time with experts
+Experts that are a list of modules are called by code that cannot be known in advance. So the block runs a second time
+with experts
 that return unit vectors instead of answers: the coordinates of its output then say which row was which token's, and by
 what number it was multiplied. Nothing but the router is computed for that.
 """
@@ -38,7 +39,7 @@ class Observer:
     """Watches the layers of a model while `watching`; `real` says, before each forward pass, which rows of a batch are
     tokens.
 
-    real  bool [n_rows] or None (all): rows that are no padding. No expert runs on the others.
+    real  bool [n_rows] or None (all): rows that are not padding. No expert runs on the others.
     """
 
     def __init__(self, layers: Sequence[MoELayer], receive: Receiver) -> None:
@@ -136,7 +137,7 @@ class _FusedWatch:
         return combined
 
     def _scaled(self, ids: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """The odd ones: a factor that the block applies behind its experts, and a scale of each expert that is not the
+        """The odd ones: a factor that the block applies after its experts, and a scale of each expert that is not the
         gate's."""
         block = self._layer.block
         if type(block).__name__.startswith(_FACTOR_BEHIND):
@@ -312,7 +313,7 @@ def _first(output: Any) -> Any:
 
 
 def _join(outputs: list[Any], rows: Tensor, hidden: Tensor) -> Any:
-    """The parts' outputs as the block's: rows that were left out are zero; what comes behind the first output is put
+    """The parts' outputs as the block's: rows that were left out are zero; what comes after the first output is put
     together by tokens."""
     if not outputs:
         raise EngineError("a batch without tokens")

@@ -71,7 +71,7 @@ class LoadOptions:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UsageError where `folder` is no checkpoint that can be loaded without opening a pickle, or holds a link
+    """Raise UsageError where `folder` is not a checkpoint that can be loaded without opening a pickle, or holds a link
     that may not be followed."""
     discovery.check_folder(folder)
     discovery.find_weights(folder)

@@ -54,7 +54,7 @@ def prune_moe_layer(model: nn.Module, layer_name: str, retained: Iterable[int], 
     layers = find_moe_layers(model)
     if layer_name not in layers:
         raise UsageError(
-            f"{layer_name!r} is no block with experts of this {type(model).__name__}; it has {', '.join(layers)}"
+            f"{layer_name!r} is not a block with experts of this {type(model).__name__}; it has {', '.join(layers)}"
         )
     layer = layers[layer_name]
     kept = [_number(expert) for expert in retained]
@@ -203,4 +203,4 @@ def _number(value: object) -> int:
     try:
         return int(cast(Any, value).__index__())
     except (AttributeError, TypeError, RuntimeError):
-        raise UsageError(f"{value!r} is no number of an expert or a layer") from None
+        raise UsageError(f"{value!r} is not the number of an expert or a layer") from None
