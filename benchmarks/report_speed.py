@@ -31,9 +31,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "report.html"
         profile = large_profile()
-        reap.report(profile, path)
+        reap.report(profile, path, force=True)
         started = time.perf_counter()
-        reap.report(profile, path)
+        reap.report(profile, path, force=True)
         print(f"{profile.n_layers} layers of {profile.n_experts} experts, {len(profile.domains)} domains")
         print(f"written in {time.perf_counter() - started:.2f} s, {path.stat().st_size / 1e6:.2f} MB")
         first, again = [], []

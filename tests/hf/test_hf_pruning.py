@@ -270,6 +270,6 @@ def test_what_cannot_be_is_refused_before_anything_changes(kept: Any, error: typ
 def test_a_name_that_is_no_block() -> None:
     with pytest.raises(
         UsageError,
-        match=r"'model\.layers\.0' is not a block with experts of this MixtralForCausalLM; it has model\.layers\.0\.mlp",
+        match=r"'model\.layers\.0' is not a block with experts of this MixtralForCausalLM; it has model\.layers\.0",
     ):
         hf.prune_moe_layer(build("mixtral"), "model.layers.0", [0, 1])
