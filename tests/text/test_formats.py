@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -109,7 +111,11 @@ def test_a_table_of_unknown_columns_is_not_prose(tmp_path: Path) -> None:
         ("g.json", b"{text: 1}\n", "is not JSON: Expecting property name"),
         ("d.xz", lzma.compress(b"x" * 99)[:-20], r"d\.xz: the compressed data end too early"),
         ("d.gz", gzip.compress(b"x" * 99)[:-9], "the compressed data end too early"),
-        ("d.zst", zstandard.compress(os.urandom(9999))[:-50], "the compressed data end too early"),
+        (
+            "d.zst",
+            zstandard.compress(random.Random(0).randbytes(9999).hex().encode())[:-50],
+            "the compressed data end too early",
+        ),
         ("f.gz", gzip.compress(b"x" * 99)[:20] + b"garbage" * 9, "the compressed data are damaged"),
         ("d.csv", b"a,a\n1,2\n", r"d\.csv:1: names the column \"a\" twice"),
         ("d.txt", b"\xff\xfe" + b"a\xd8" * 3, "begins with the mark of UTF-16, but is not UTF-16"),
@@ -598,3 +604,106 @@ def test_a_data_frame_is_asked_for_its_rows() -> None:
 
     with pytest.raises(UsageError, match=r"calibration is a DataFrame; give its rows: to_dict\('records'\)"):
         samples_of(DataFrame())
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": json.dumps(CHAT)},
+        {"prompt": "hi", "chosen": json.dumps(CHAT)},
+        {"prompt": "hi", "chosen": json.dumps(CHAT[1])},
+        {"prompt": json.dumps(CHAT[:1]), "response": "yo"},
+        {"prompt": json.dumps(CHAT[:1]), "completion": json.dumps(CHAT[1:])},
+        {"question": "hi", "answer": json.dumps([{"from": "gpt", "value": "yo"}])},
+    ],
+)
+def test_messages_as_json_in_a_side_of_a_pair_are_messages(row: dict[str, Any]) -> None:
+    assert [sample.messages for sample in samples_of([row])] == [CHAT]
+
+
+@pytest.mark.parametrize("answer", ['[{"name": "f"}]', '{"role": "user"}', "[1, 2]", "[", "[]"])
+def test_other_json_in_a_pair_is_text(answer: str) -> None:
+    assert samples_of([{"prompt": "q", "response": answer}])[0].pair == ("q", answer)
+
+
+def test_a_message_without_its_conversation_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "chat.json", json.dumps(CHAT))
+    with pytest.raises(CalibrationError, match=r'row 1: is one message, of the role "user"; expected .*"messages"'):
+        samples_of(path)
+    assert texts_of(path, columns={"text": "content"}) == ["hi", "yo"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(CHAT), tmp_path / "chat.parquet")
+    with pytest.raises(CalibrationError, match="row 1: is one message"):
+        samples_of(tmp_path / "chat.parquet")
+
+
+def test_texts_of_one_kind_that_are_not_read_are_said() -> None:
+    reader = SampleReader([{"text": "Write f", "code": "def f()"}])
+    list(reader)
+    assert reader.notes == ["sample 1: has code as well; text is read"]
+    reader = SampleReader([{"instruction": "a", "input": "b", "output": "c"}, {**CHAT[0], "role": None}])
+    list(reader)
+    assert reader.notes == []
+
+
+def test_python_values_are_read_as_json_s() -> None:
+    array = np.array
+    calls = array([{"function": {"name": "f", "arguments": {"a": array([1])}}}], dtype=object)
+    rows = [
+        {1: "x", "text": "a", "domain": float("nan")},
+        {"messages": array([CHAT[0], {"role": "assistant", "tool_calls": calls}], dtype=object)},
+        {"input_ids": list(array([1, 2]))},
+    ]
+    one, two, three = samples_of(rows)
+    assert (one.text, one.domain, three.tokens) == ("a", None, [1, 2])
+    assert two.messages is not None
+    assert two.messages[1]["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": [1]}}}]
+    circle: dict[str, Any] = {"text": "a"}
+    circle["self"] = circle
+    with pytest.raises(BadLine, match="sample 1: is nested too deeply, or holds itself"):
+        samples_of([circle])
+
+
+def test_long_arrays_have_a_digest_of_all_their_values() -> None:
+    ids = np.zeros(5000, dtype=np.int64)
+    other = ids.copy()
+    other[2500] = 1
+    readers = [SampleReader([{"input_ids": array}]) for array in (ids, other)]
+    assert [len(list(reader)) for reader in readers] == [1, 1]
+    assert readers[0].digests != readers[1].digests
+
+
+def test_standard_input_is_given_once() -> None:
+    with pytest.raises(UsageError, match=r"standard input .+ more than once"):
+        samples_of([("a", "-"), ("b", "-")])
+
+
+@pytest.mark.parametrize("row", [{"text": "\ud800"}, {"prompt": "a", "response": "\ud800"}, {"messages": [
+    {"role": "user", "content": "\ud800"}]}])  # fmt: skip
+def test_half_a_character_is_found_before_a_model_is_loaded(row: dict[str, Any]) -> None:
+    with pytest.raises(CalibrationError, match=r"sample 2: has a lone surrogate \(\\ud800\)"):
+        Calibration([{"text": "a"}, row], ctx_size=64).check()
+
+
+def test_maps_doubled_names_and_times_in_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    call = pyarrow.struct([("name", pyarrow.string()), ("arguments", pyarrow.map_(pyarrow.string(), pyarrow.string()))])
+    message = pyarrow.struct(
+        [("role", pyarrow.string()), ("content", pyarrow.string()), ("tool_calls", pyarrow.list_(call))]
+    )
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": [("k", "v")]}]}
+    pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array([[turn]], pyarrow.list_(message))}), path)
+    messages = samples_of(path)[0].messages
+    assert messages is not None
+    assert messages[0]["tool_calls"] == [{"name": "f", "arguments": {"k": "v"}}]
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text"]), path)
+    with pytest.raises(CalibrationError, match='has the column "text" twice'):
+        samples_of(path)
+    times = pyarrow.array([0, 2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "domain": times}), path)
+    reader = SampleReader(path, skip_bad_lines=True)
+    assert list(reader) == []
+    assert "row 2: has a value that Python cannot hold: date value out of range" in str(reader.bad_lines[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import CalibrationError, UsageError
-from reap.text.encoding import NO_TEMPLATE, Encoder, check_variables, read_template
+from reap.text.encoding import NO_TEMPLATE, Encoder, check_text, check_variables, read_template
 from reap.text.encoding import Tokenizer as Tokenizer
 from reap.text.messages import normalise_messages, normalise_tools
 from reap.text.overlap import Sketch
@@ -148,7 +149,7 @@ class Calibration:
         for.
         """
         if not self._reader.skip_bad_lines:
-            self._reader.check(self.max_tokens, _check_messages)
+            self._reader.check(self.max_tokens, _check_content)
 
     @property
     def records(self) -> list[FileRecord]:
@@ -344,9 +345,12 @@ class Calibration:
         }
 
 
-def _check_messages(sample: Sample) -> None:
+def _check_content(sample: Sample) -> None:
+    for text in (sample.text, *(sample.pair or ())):
+        check_text(text or "")
     if sample.messages is not None:
-        normalise_messages(sample.messages)
+        for message in normalise_messages(sample.messages):
+            check_text(json.dumps(message, ensure_ascii=False))
         normalise_tools(sample.tools)
 
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from reap.errors import CalibrationError, MissingExtraError
+from reap.files.strict_json import shorten
 from reap.text.rows import BadLine, Row
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 64, 4 << 20
@@ -51,8 +52,11 @@ class ColumnarFile:
                         number += 1
                         self._share = share
                         where = f"{self.path}: row {number}"
-                        if members is None:
+                        if isinstance(members, UnicodeDecodeError):
                             yield BadLine(where, number, "is not UTF-8 text", "not UTF-8 text")
+                        elif isinstance(members, Exception):
+                            problem = f"has a value that Python cannot hold: {members}"
+                            yield BadLine(where, number, problem, "value out of range")
                         else:
                             yield Row(where, number, {**unread, **_without_unions(members)})
         except (arrow.ArrowException, OSError) as error:
@@ -83,6 +87,9 @@ class ColumnarFile:
         return batch.select(self._columns())
 
     def _columns(self) -> list[str]:
+        double = next((name for name in self.names if name in self._wanted and self.names.count(name) > 1), None)
+        if double is not None:
+            raise CalibrationError(f"{self.path}: has the column {shorten(double)} twice; expected each name once")
         # one at least: a batch without columns has no rows
         return [name for name in self.names if name in self._wanted] or self.names[:1]
 
@@ -99,15 +106,27 @@ class ColumnarFile:
                 yield batch, done / total
 
 
-def _values(batch: Any) -> list[dict[str, Any] | None]:
-    """The rows as Python's values; None for one whose text is not UTF-8, which Parquet does not check."""
+def _values(batch: Any) -> list[dict[str, Any] | Exception]:
+    """The rows as Python's values, or what is wrong with one: text that is not UTF-8, which Parquet does not check, or
+    a time that Python does not reach."""
     try:
-        rows: list[dict[str, Any] | None] = batch.to_pylist()
-    except UnicodeDecodeError:
+        rows: list[dict[str, Any] | Exception] = [_with_maps(row) for row in batch.to_pylist()]
+    except (ValueError, OverflowError) as error:
         if batch.num_rows == 1:
-            return [None]
+            return [error]
         return [row for index in range(batch.num_rows) for row in _values(batch.slice(index, 1))]
     return rows
+
+
+def _with_maps(value: Any) -> Any:
+    """The value with Arrow's maps, which come as lists of tuples, as dictionaries."""
+    if isinstance(value, dict):
+        return {name: _with_maps(item) for name, item in value.items()}
+    if not isinstance(value, list) or not value or isinstance(value[0], int | str):
+        return value
+    if isinstance(value[0], tuple):
+        return {name: _with_maps(item) for name, item in value}
+    return [_with_maps(item) for item in value]
 
 
 def _rows_at_once(n_bytes: int, n_rows: int) -> int:

@@ -17,6 +17,7 @@ _SHAREGPT_ROLES = {
     "system": "system",
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
+_MESSAGES = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 
 Members = Mapping[str, Any]
 
@@ -53,6 +54,26 @@ def _from_json(text: str, name: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise WrongType(f"{name} should be a list, or JSON of one, found {kind_of(text)}: {_detail(error)}") from error
+
+
+def messages_in(value: Any) -> Any:
+    """The messages that a string holds in JSON, as tables have them, or one message; any other value as it is.
+
+    Other JSON in a string is text: an answer may be a list of objects.
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    entries = parsed if isinstance(parsed, list) else [parsed]
+    return parsed if entries and all(map(is_message, entries)) else value
+
+
+def is_message(entry: Any) -> bool:
+    """Whether an object has the names of a message of a known kind."""
+    return isinstance(entry, Mapping) and any(names <= entry.keys() for names in _MESSAGES)
 
 
 def _detail(error: Exception) -> str:

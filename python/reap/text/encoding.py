@@ -69,6 +69,14 @@ def check_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return variables
 
 
+def check_text(text: str) -> bytes:
+    """The text in UTF-8. CalibrationError for a half of a pair of surrogates, which JSON can hold and UTF-8 cannot."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"has a lone surrogate (\\u{ord(error.object[error.start]):04x})") from error
+
+
 class Encoder:
     """Samples to token ids, with one model's tokenizer and template.
 
@@ -115,11 +123,7 @@ class Encoder:
             raise CalibrationError(f'{sample.where}: the model has no tokenizer, so a line has to give "tokens"')
         try:
             text, spans, is_rendered = self._to_text(sample)
-            raw = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise CalibrationError(
-                f"{sample.where}: has a lone surrogate (\\u{ord(error.object[error.start]):04x})"
-            ) from error
+            raw = check_text(text)
         except Unlocated as error:
             raise SampleLeftOut(sample.where, "the assistant's turns cannot be told apart", str(error)) from error
         except CalibrationError as error:

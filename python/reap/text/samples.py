@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from reap.errors import CalibrationError
 from reap.text.formats import TEXT, open_data
@@ -129,7 +130,7 @@ class SampleReader:
             try:
                 is_usable(sample)
             except CalibrationError as error:
-                reader._leave_out(BadLine(sample.where, sample.line, str(error), "messages that cannot be used"))
+                reader._leave_out(BadLine(sample.where, sample.line, str(error), "content that cannot be used"))
             if max_tokens is not None and reader.bytes_read > max_tokens * _BYTES_OF_TOKEN:
                 break
         if reader.bad_lines:
@@ -198,15 +199,32 @@ class SampleReader:
                     problem = f"should be a dictionary, found {type(item).__name__}"
                     yield BadLine(where, number, problem, "not a dictionary")
                     continue
-                digest.update(json.dumps(item, default=str, sort_keys=True).encode() + b"\n")
+                try:
+                    members = _plain(item)
+                except RecursionError:
+                    yield BadLine(where, number, "is nested too deeply, or holds itself", "nested too deeply")
+                    continue
+                digest.update(json.dumps(members, default=str, sort_keys=True).encode() + b"\n")
                 record.sha256 = digest.hexdigest()
-                yield Row(where, number, dict(item))
+                yield Row(where, number, members)
 
         yield from self._parse(rows(), record)
 
     def _read_text(self, stream: ByteStream, record: FileRecord) -> Iterator[Sample]:
         record.shapes[_TEXT_FILE] += 1
         yield from _text_parts(stream, record.domain)
+
+
+def _plain(value: Any) -> Any:
+    """A Python value as JSON would have it: arrays and tuples are lists, names are strings, NaN, which a data frame has
+    where there is nothing, is None. RecursionError for what holds itself."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # arrays, tensors and their numbers
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and value != value else value
 
 
 def _can_be_read_again(part: Part) -> bool:

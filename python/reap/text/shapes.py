@@ -16,6 +16,8 @@ from reap.text.conversations import (
     Members,
     WrongType,
     as_list,
+    is_message,
+    messages_in,
     read_messages,
     read_system,
     read_tools,
@@ -50,7 +52,7 @@ KEYS = frozenset(
     [
         *(*CONVERSATIONS, *TEXTS, *TOKENS, *TOOLS, *SYSTEMS, *CONTEXTS, *PREFERENCES),
         *(name for pair in PAIRS for name in pair),
-        *("chosen", "query", "answers", "labels", "attention_mask", "domain"),
+        *("chosen", "query", "answers", "labels", "attention_mask", "domain", "role"),
     ]
 )
 """Names that any shape looks at."""
@@ -74,6 +76,11 @@ class _Shape:
 
     def is_in(self, members: Members) -> bool:
         return all(members.get(name) is not None for name in self.names)
+
+    def adds_to(self, richer: _Shape, names: Sequence[str], members: Members) -> bool:
+        """Whether members have this shape as well where `richer` was read from `names`: not in empty texts."""
+        own = [members[name] for name in self.names if name not in names]
+        return self.kind != richer.kind or any(not isinstance(value, str) or value != "" for value in own)
 
 
 def parse_sample(
@@ -112,8 +119,9 @@ def parse_sample(
             continue
         except BrokenSample as error:
             fail(str(error), error.reason)
-        poorer = {other.kind: "+".join(other.names) for other in present[:index:-1] if other.kind != shape.kind}
         shape_name = sample.shape or "+".join(shape.names)
+        unread = [other for other in present[:index:-1] if other.adds_to(shape, shape_name.split("+"), members)]
+        poorer = {other.kind: "+".join(other.names) for other in unread}
         return replace(
             sample, where=where, line=line, domain=own_domain, shape=shape_name, passed_over=tuple(poorer.values())
         )
@@ -205,7 +213,7 @@ def _pair(prompt_name: str, response_name: str) -> Callable[[Members], Sample]:
 
 def _joined(members: Members, prompt_name: str, response_name: str) -> Sample:
     """A pair of strings; where either side is a list of messages, the messages of both."""
-    prompt, response = members[prompt_name], members[response_name]
+    prompt, response = (_turns(members[name]) for name in (prompt_name, response_name))
     shape = f"{prompt_name}+{response_name}"
     if any(_is_conversation(side) for side in (prompt, response)):
         head = list(_side(prompt, prompt_name, "user"))
@@ -219,9 +227,15 @@ def _joined(members: Members, prompt_name: str, response_name: str) -> Sample:
         for name in CONTEXTS:
             context = members.get(name)
             if isinstance(context, str) and context and name != response_name:
-                prompt, shape = f"{prompt}\n\n{context}", f"instruction+{name}+{response_name}"
+                prompt, shape = f"{prompt}\n\n{context}" if prompt else context, f"instruction+{name}+{response_name}"
                 break
     return Sample("", 0, pair=(prompt, response), system=read_system(members), shape=shape)
+
+
+def _turns(side: Any) -> Any:
+    """One side of a pair, in a list where it is one message."""
+    side = messages_in(side)
+    return [side] if is_message(side) else side
 
 
 def _is_conversation(side: Any) -> bool:
@@ -242,9 +256,7 @@ def _opens(messages: list[Message]) -> bool:
 
 def _preference(members: Members) -> Sample:
     """Of two answers the one that was preferred: beside its prompt, or the whole conversation."""
-    chosen = members["chosen"]
-    if isinstance(chosen, Mapping):
-        chosen = [chosen]
+    chosen = _turns(members["chosen"])
     side = {**members, "chosen": chosen}
     name = next((name for name in PREFERENCES if isinstance(members.get(name), str | list | tuple)), None)
     if name is not None:
@@ -277,6 +289,12 @@ def _text(name: str) -> Callable[[Members], Sample]:
     def read(members: Members) -> Sample:
         if not isinstance(members[name], str):
             raise WrongType(f"{name} should be a string, found {kind_of(members[name])}")
+        if name == "content" and isinstance(members.get("role"), str):
+            raise BrokenSample(
+                f"is one message, of the role {shorten(members['role'])}; expected all messages of a conversation in"
+                ' one line, {"messages": [...]} (--columns text=content reads each as a text)',
+                "message without its conversation",
+            )
         return Sample("", 0, text=members[name])
 
     return read

@@ -44,9 +44,13 @@ def parts_of(source: Source) -> list[Part]:
     """The files and objects of a source, folders taken apart.
 
     source: a path, or "-"; a list of paths, or of (domain, path); a mapping of domain -> path, paths or objects;
-    objects, which are dictionaries. Raises UsageError for anything else, and for a folder without data.
+    objects, which are dictionaries. Raises UsageError for anything else, for a folder without data, and for
+    standard input given twice.
     """
-    return list(_parts(source, None))
+    parts = list(_parts(source, None))
+    if sum(part.path == STDIN for part in parts) > 1:
+        raise UsageError("standard input (-) is given more than once; it can be read only once")
+    return parts
 
 
 def _parts(source: Any, domain: str | None) -> Iterator[Part]:
