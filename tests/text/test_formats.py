@@ -55,6 +55,9 @@ def write(path: Path, data: bytes | str) -> Path:
 # ---- by content
 
 
+NOISE = random.Random(0).randbytes(9999).hex().encode()
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [

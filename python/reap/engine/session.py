@@ -61,6 +61,11 @@ def default_context(info: ModelInfo, usual: int) -> int:
     return min(usual, info.context_length) if info.context_length else usual
 
 
+def engine_warnings(session: _core.Session) -> list[str]:
+    """What the engine warned of, each sentence once; not its advice on an option that reap does not have."""
+    return [line for line in session.warnings() if "consider using --load-mode" not in line]
+
+
 class SessionTokenizer:
     """The model's own tokenizer, as `reap.text.calibration.Tokenizer` wants it."""
 

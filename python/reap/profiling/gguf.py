@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 from reap.engine import native
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
-from reap.engine.session import SessionTokenizer, open_session
-from reap.errors import UnsupportedModelError, UsageError
+from reap.engine.session import SessionTokenizer, engine_warnings, open_session
+from reap.errors import ReapWarning, UnsupportedModelError, UsageError
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
 from reap.profiling.arguments import divide, shows
 from reap.profiling.record import make_profile
@@ -46,7 +47,9 @@ def profile(
 
     For the tokens routed to an expert the profile sums g, ‖f‖, g·‖f‖ and (g·‖f‖)², where g is the gate that multiplies
     the expert's output f (Lasby et al., "REAP the Experts", arXiv:2510.13999). A sample that the engine fails on is
-    left out whole and named in `profile.calibration["failed_samples"]`.
+    left out whole and named in `profile.calibration["failed_samples"]`. What the engine warns of is a ReapWarning, and
+    in `profile.engine["warnings"]`. `ctx_size` is 2,048 by default, or what the model was trained with where that is
+    less.
 
     Args:
         model: a GGUF file, the first one where it is split.
@@ -95,8 +98,13 @@ def profile(
         session.start_profile(layers, info.n_experts)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{info.path}: {info.architecture} cannot be profiled: {error}") from error
+    said = engine_warnings(session)
+    for warning in said:
+        warnings.warn(warning, ReapWarning, stacklevel=2)
     result = measure(session, SessionTokenizer(session), source, keeper, progress)
     ran_by = {"reap": version(), "llama_cpp": native.load().__llama_cpp_commit__, "options": engine.record()}
+    if said:
+        ran_by["warnings"] = said
     return make_profile(result, source, layers=layers, model=info.record(), engine=ran_by)
 
 

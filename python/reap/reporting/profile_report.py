@@ -109,9 +109,17 @@ def page_of(sources: Sources) -> Page:
     if not sources.removes:
         subtitle = f"{everywhere}; the router leaves nothing to remove"
     warnings = [UNTRUSTED] if not sources.profile.trusted else []
+    warnings += engine_warnings(sources.profile)
     if sources.is_example and sources.removes:
         subtitle += ". Give a plan with --plan to see yours"
     return Page(name, subtitle + ".", list(facts(sources)), list(sections(sources)), warnings, data(sources))
+
+
+def engine_warnings(profile: Profile) -> list[str]:
+    """What the engine warned of while it measured; of merged profiles, in each of the runs, once."""
+    runs = [profile.engine, *(profile.engine.get("merged") or ())]
+    found = (run.get("warnings") for run in runs if isinstance(run, dict))
+    return list(dict.fromkeys(str(line) for lines in found if isinstance(lines, list) for line in lines))
 
 
 def facts(sources: Sources) -> Iterator[tuple[str, str]]:
