@@ -700,7 +700,7 @@ ATTACKS: dict[str, tuple[bytes, bytes, str]] = {  # header, data, message
     "a product that overflows": (header(a=entry(0, 4, (2**61, 2**61))), bytes(4), "takes 4 bytes where"),
     "a dimension of 150 digits": (header(a=entry(0, 4, (10**150,))), bytes(4), "from 0 to"),
     "many dimensions": (header(a=entry(0, 4, (1,) * 65)), bytes(4), "has 65 entries"),
-    "unknown type": (header(a=entry(dtype="Q4_K")), bytes(4), "no type of safetensors"),
+    "unknown type": (header(a=entry(dtype="Q4_K")), bytes(4), "not a type of safetensors"),
     "no type": (b'{"a": {"shape": [1], "data_offsets": [0, 4]}}', bytes(4), 'lacks "dtype"'),
     "shape is a number": (header(a=entry(shape=1)), bytes(4), "should be a list"),
     "an entry is a list": (b'{"a": []}', b"", "should be an object"),
