@@ -4,6 +4,7 @@ python -m benchmarks                          # the list
 python -m benchmarks run virtual_pruning      # one or several; all without a name
 python -m benchmarks run --quick              # each that has a quick form, to see that it works; records nothing
 python -m benchmarks table                    # the figures on record, in Markdown
+python -m benchmarks fill                     # the README's figures from those on record
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", nargs="?", default="list", choices=("list", "run", "read", "table"))
+    parser.add_argument("action", nargs="?", default="list", choices=("list", "run", "read", "table", "fill"))
     parser.add_argument("names", nargs="*", help="of benchmarks")
     parser.add_argument("--quick", action="store_true", help="run the quick forms; record nothing")
     arguments = parser.parse_intermixed_args()
@@ -36,6 +37,9 @@ def main() -> int:
         parser.error(f"there is no benchmark {error.args[0]}; `python -m benchmarks` lists them")
     if arguments.action == "table":
         print(results.table())
+    elif arguments.action == "fill":
+        readme = results.ROOT / "README.md"
+        readme.write_text(results.filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
     elif arguments.action == "list":
         show(chosen)
     elif arguments.action == "read":

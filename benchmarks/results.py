@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from benchmarks.registry import BENCHMARKS, Benchmark
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 OLD = "†"
+_FIGURE = re.compile(r"(?P<head><!-- figure (?P<name>\w+): (?P<what>.+?) -->).*?<!-- end -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,21 @@ def table() -> str:
         for what, value in result.figures.items():
             rows.append(f"| {what} | {value}{mark} | `python -m benchmarks run {benchmark.name}` | {where} |")
     return "\n".join(rows)
+
+
+def filled(page: str) -> str:
+    """A page with the figures on record between `<!-- figure NAME: what -->` and `<!-- end -->`.
+
+    KeyError for a figure that is not on record.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        result = load(match["name"])
+        if result is None:
+            raise KeyError(match["name"])
+        return f"{match['head']}{result.figures[match['what']]}<!-- end -->"
+
+    return _FIGURE.sub(value, page)
 
 
 def _models() -> list[Path]:

@@ -19,7 +19,7 @@ from helpers.gguf_builder import build_moe
 from helpers.llama_tools import require_tool
 from reap.cli import main
 from reap.engine.options import EngineOptions
-from reap.engine.session import SessionTokenizer, default_context, open_session
+from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import CalibrationError, MismatchError, ReapWarning, UnsupportedModelError, UsageError
 from reap.evaluation.evaluate import evaluate
 from reap.evaluation.plan_evaluator import PlanEvaluator
@@ -346,9 +346,7 @@ def test_what_the_engine_warns_of_is_said_once_and_kept(model: Path, plan: Prune
 
 def test_the_default_context_is_not_beyond_training(model: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
     info = reap.inspect(model)
-    assert default_context(info, 512) == 512
-    assert default_context(info, 2048) == info.context_length == 512
-    assert default_context(replace(info, context_length=0), 512) == 512
+    assert EngineOptions(ctx_size=2048).within({}, info.context_length).ctx_size == info.context_length == 512
     monkeypatch.setattr("reap.evaluation.evaluate.inspect", lambda _: replace(info, context_length=128))
     assert evaluate(model, text, threads=1, max_tokens=256).ctx_size == 128
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shlex
 import subprocess
 import sys
@@ -56,6 +57,15 @@ def test_a_figure_is_read_with_its_range() -> None:
     figure = Figure("speed", r"ratio # of #", "{0} to {1} times")
     assert figure.read("ratio 1.5 of 2\nratio 0.5 of 2") == "0.5 to 1.5 to 2 times"
     assert figure.read("nothing") is None
+
+
+def test_the_figures_of_the_readme_are_those_on_record() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!-- figure " in readme
+    assert results.filled(readme) == readme
+    changed = re.sub(r"(<!-- figure [^>]*-->)[^<]+", r"\1something else", readme)
+    assert changed != readme
+    assert results.filled(changed) == readme
 
 
 def test_an_output_without_its_figures_is_a_failure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
@@ -26,7 +27,9 @@ from hypothesis import strategies as st
 
 from helpers.byte_tokenizer import ByteTokenizer, text_of
 from reap.errors import CalibrationError, UsageError
+from reap.scores.plan import PrunePlan
 from reap.text.calibration import Calibration
+from reap.text.evaluation_text import text_files
 from reap.text.rows import BadLine
 from reap.text.samples import Sample, SampleReader
 from reap.text.shapes import KEYS, parse_sample
@@ -120,6 +123,9 @@ def test_a_table_of_unknown_columns_is_not_prose(tmp_path: Path) -> None:
             "the compressed data end too early",
         ),
         ("f.gz", gzip.compress(b"x" * 99)[:20] + b"garbage" * 9, "the compressed data are damaged"),
+        ("f.bz2", bz2.compress(b"x" * 99) + b"garbage" * 9, "the compressed data are damaged"),
+        ("f.xz", lzma.compress(b"x" * 99) + b"garbage" * 9, "the compressed data are damaged"),
+        ("g.bz2", bz2.compress(b"x" * 99) * 2 + b"BZh91AY&SY", "the compressed data end too early"),
         ("d.csv", b"a,a\n1,2\n", r"d\.csv:1: names the column \"a\" twice"),
         ("d.txt", b"\xff\xfe" + b"a\xd8" * 3, "begins with the mark of UTF-16, but is not UTF-16"),
     ],
@@ -710,3 +716,19 @@ def test_maps_doubled_names_and_times_in_parquet(tmp_path: Path) -> None:
     reader = SampleReader(path, skip_bad_lines=True)
     assert list(reader) == []
     assert "row 2: has a value that Python cannot hold: date value out of range" in str(reader.bad_lines[1])
+
+
+def test_streams_of_one_file_follow_one_another(tmp_path: Path) -> None:
+    for name, pack, gap in (("a.bz2", bz2.compress, b""), ("a.xz", lzma.compress, b"\0" * 4)):
+        (tmp_path / name).write_bytes(pack(b'{"text": "one"}\n') + gap + pack(b'{"text": "two"}\n') + gap)
+        assert [sample.text for sample in SampleReader(tmp_path / name)] == ["one", "two"]
+
+
+def test_what_is_not_there_is_said_before_a_model_is_loaded() -> None:
+    for place, hint in (("https://a.b/c.jsonl", "is a URL"), ("Qwen/calibration", "name on the Hugging Face hub")):
+        with pytest.raises(UsageError, match=hint):
+            Calibration(place, ctx_size=64).check()
+        with pytest.raises(UsageError, match=hint):
+            text_files(place)
+        with pytest.raises(UsageError, match=hint):
+            PrunePlan.load(place)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 from reap.engine.devices import check_servers
 from reap.engine.options import EngineOptions, engine_fields, usable_cores
-from reap.gguf.model_info import ModelInfo
 from reap.gguf.reader import first_file
 
 
@@ -54,11 +53,6 @@ def open_session(
 def open_vocabulary(path: str | os.PathLike[str]) -> SessionTokenizer:
     """A model's tokenizer without the model: in a moment, however large it is. Raises as `open_session`."""
     return SessionTokenizer(native.load().Vocabulary(os.fspath(path)))
-
-
-def default_context(info: ModelInfo, usual: int) -> int:
-    """Tokens of a window where the caller gives no number: `usual`, but never more than the model was trained with."""
-    return min(usual, info.context_length) if info.context_length else usual
 
 
 def engine_warnings(session: _core.Session) -> list[str]:

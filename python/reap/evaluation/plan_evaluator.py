@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineOptions
-from reap.engine.session import SessionTokenizer, default_context, engine_warnings, open_session
+from reap.engine.session import SessionTokenizer, engine_warnings, open_session
 from reap.errors import MismatchError, UnsupportedModelError, UsageError
 from reap.evaluation.loops import Continuations, choose_prompts, continue_prompts
 from reap.evaluation.quality_metrics import Predictions, TokenScores, compare_predictions, quality_metrics
@@ -90,7 +90,7 @@ class PlanEvaluator:
         """
         self.model = os.fspath(model)
         self.info: ModelInfo = inspect(model)  # what can be checked is checked before the engine sees the file
-        options = options or EngineOptions(ctx_size=default_context(self.info, EVALUATION_CTX_SIZE))
+        options = options or EngineOptions(ctx_size=EVALUATION_CTX_SIZE).within({}, self.info.context_length)
         for name, value in (("max_windows", max_windows), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, expected at least 1")

@@ -84,6 +84,12 @@ def absent_text(path: PathLike) -> str:
     return "no such file"
 
 
+def unreadable_text(path: PathLike, error: OSError) -> str:
+    """Why a path could not be opened: the system's own words, or, where there is nothing, what the path looks like."""
+    absent = absent_text(path) if isinstance(error, FileNotFoundError) else ""
+    return absent if absent not in ("", "no such file") else error.strerror or str(error)
+
+
 def what_are(head: bytes, n_bytes: int) -> str | None:
     """The same of a file's first bytes, `HEAD_BYTES` of them where it has as many, and its size."""
     if not head:

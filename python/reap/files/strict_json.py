@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import FormatError, UsageError
-from reap.files.recognise import HEAD_BYTES, what_are
+from reap.files.recognise import HEAD_BYTES, unreadable_text, what_are
 
 # A profile of 60 layers, 512 experts and 8 domains is about 60 MB. A small file can ask for much memory: Python spends
 # 8 bytes on a number that took 2 in the file, and 64 on an empty list that took 3, so those are counted before anything
@@ -151,7 +151,7 @@ def read_json(path: str | os.PathLike[str], *, what: str, max_bytes: int | None 
         with open(name, "rb") as file:
             raw = file.read(max_bytes + 1)
     except OSError as error:
-        raise UsageError(f"{name}: cannot read the {what}: {error.strerror or error}") from error
+        raise UsageError(f"{name}: cannot read the {what}: {unreadable_text(path, error)}") from error
     if raw[:1] != b"{" and (found := what_are(raw[:HEAD_BYTES], len(raw))) not in (None, "a JSON file", "a text file"):
         raise FormatError(f"{name}: is {found}, expected a {what} of reap")
     if len(raw) > max_bytes:

@@ -75,7 +75,10 @@ def report(
     if table is not None:
         verdict = compare_records(source.model, table.model, ("the profile", "the sweep"))
         require_same(
-            verdict, "the sweep is not of the profile's model", allow_mismatch=bool(source.model.get("mismatch"))
+            verdict,
+            "the sweep is not of the profile's model",
+            allow_mismatch=bool(source.model.get("mismatch")),
+            advice="",
         )
     made = given or plan_of_half(source)
     info = None if model is None else inspect(model)
@@ -92,6 +95,7 @@ def _require_model_of(profile: Profile, info: ModelInfo) -> None:
         verdict,
         f"the profile is of another model than {info.path}",
         allow_mismatch=bool(profile.model.get("mismatch")),
+        advice="",
     )
     if profile.n_experts != info.n_experts:
         raise MismatchError(
@@ -109,13 +113,13 @@ def page_of(sources: Sources) -> Page:
     if not sources.removes:
         subtitle = f"{everywhere}; the router leaves nothing to remove"
     warnings = [UNTRUSTED] if not sources.profile.trusted else []
-    warnings += engine_warnings(sources.profile)
+    warnings += _engine_warnings(sources.profile)
     if sources.is_example and sources.removes:
         subtitle += ". Give a plan with --plan to see yours"
     return Page(name, subtitle + ".", list(facts(sources)), list(sections(sources)), warnings, data(sources))
 
 
-def engine_warnings(profile: Profile) -> list[str]:
+def _engine_warnings(profile: Profile) -> list[str]:
     """What the engine warned of while it measured; of merged profiles, in each of the runs, once."""
     runs = [profile.engine, *(profile.engine.get("merged") or ())]
     found = (run.get("warnings") for run in runs if isinstance(run, dict))

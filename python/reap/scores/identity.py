@@ -20,7 +20,8 @@ from reap.gguf.router_sketch import Distance, RouterSketch, measure_distances, r
 STRUCTURE = ("n_experts_used", "n_groups", "n_groups_used", "n_embd")
 #: Fields of "model" that make up the identity, for whatever is made of a profile to carry along.
 IDENTITY_KEYS = ("fingerprint", "router_fingerprint", "identity", "routers")
-_ADVICE = "allow_mismatch=True (--allow-mismatch) goes on all the same, and what is written says so"
+#: How a call goes on with another model, where it can.
+ALLOW = "allow_mismatch=True (--allow-mismatch) goes on all the same, and what is written says so"
 
 Record = Mapping[str, Any]
 
@@ -73,16 +74,16 @@ def compare_records(
     return Verdict((*dict.fromkeys(differences), *routers.differences), tuple(notes) or routers.notes)
 
 
-def require_same(verdict: Verdict, what: str, *, allow_mismatch: bool) -> str | None:
+def require_same(verdict: Verdict, what: str, *, allow_mismatch: bool, advice: str = ALLOW) -> str | None:
     """The differences as a sentence that begins with `what`, None where there are none.
 
-    MismatchError, unless it is allowed.
+    MismatchError, unless it is allowed; it ends with `advice`.
     """
     if not verdict.differences:
         return None
     sentence = f"{what}: {verdict.text}"
     if not allow_mismatch:
-        raise MismatchError(f"{sentence}; {_ADVICE}")
+        raise MismatchError("; ".join(filter(None, (sentence, advice))))
     return sentence
 
 

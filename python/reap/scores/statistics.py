@@ -71,7 +71,9 @@ def require_plan_of(profile: Profile, made: PrunePlan) -> None:
         )
     kept_mask(profile, made.layers)
     verdict = compare_records(made.model, profile.model, ("the plan", "the profile"))
-    require_same(verdict, "the plan is not of the profile's model", allow_mismatch=bool(made.model.get("mismatch")))
+    require_same(
+        verdict, "the plan is not of the profile's model", allow_mismatch=bool(made.model.get("mismatch")), advice=""
+    )
 
 
 def plan_of_half(profile: Profile, metric: str = "reap") -> PrunePlan:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import CalibrationError, UsageError
+from reap.files.recognise import unreadable_text
 from reap.text.calibration import Calibration, Tokenizer
 from reap.text.formats import TEXT, open_data
 from reap.text.sources import files_at
@@ -130,7 +131,7 @@ def text_files(text: Text) -> list[str]:
             with open(path, "rb"):
                 pass
         except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+            raise UsageError(f"{path}: cannot be read ({unreadable_text(path, error)})") from error
     return files
 
 

@@ -230,7 +230,8 @@ def _plain(value: Any) -> Any:
 def _can_be_read_again(part: Part) -> bool:
     if part.path is None:
         return isinstance(part.objects, list | tuple)
-    return os.path.isfile(part.path)
+    # what is not there is said now, and not after a model was loaded
+    return part.path != STDIN and (os.path.isfile(part.path) or not os.path.exists(part.path))
 
 
 # ---- text

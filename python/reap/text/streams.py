@@ -17,13 +17,14 @@ from importlib import import_module
 from typing import Any, BinaryIO, cast
 
 from reap.errors import CalibrationError, MissingExtraError, UsageError
+from reap.files.recognise import unreadable_text
 
 STDIN = "-"
 LINE_LIMIT = 64 << 20
 HEAD_LIMIT = 64 << 10
 BLOCK = 4 << 20
-# zstd repeats a byte 128 KiB long for four bytes of input; so little at a time keeps what comes of it small
-_ZSTD_INPUT = 1 << 10
+# a few bytes of input can stand for 128 KiB and more; so little at a time keeps what comes of it small
+_PIECE = 1 << 10
 _MAGIC_LENGTH = 10
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -126,7 +127,7 @@ def _open(path: str) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the calibration: {error.strerror or error}") from error
+        raise UsageError(f"{path}: cannot read the calibration: {unreadable_text(path, error)}") from error
 
 
 class _Raw(io.RawIOBase):
@@ -216,15 +217,14 @@ class _Transcoded(_Raw):
 
 def _decompressed(raw: _Rewound, magic: bytes, name: str) -> io.RawIOBase:
     """What a stream that begins with `magic` holds; the stream itself where it is not compressed."""
-    file = cast(BinaryIO, raw)
     if magic.startswith(b"\x1f\x8b"):
         return _Decompressed(cast(BinaryIO, gzip.GzipFile(fileobj=io.BufferedReader(raw))), name)
     if magic[:3] == b"BZh" and magic[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):
-        return _Decompressed(bz2.BZ2File(file), name)
+        return _Decompressed(_Frames(raw, bz2.BZ2Decompressor), name)
     if magic.startswith(b"\xfd7zXZ\0"):
-        return _Decompressed(lzma.LZMAFile(file), name)
+        return _Decompressed(_Frames(raw, lzma.LZMADecompressor, padding=b"\0"), name)
     if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        return _Decompressed(cast(BinaryIO, _zstd_file(raw, name)), name)
+        return _Decompressed(_zstd_file(raw, name), name)
     return raw
 
 
@@ -242,30 +242,39 @@ class _Decompressed(_Raw):
             raise CalibrationError(
                 f"{self._name}: the compressed data end too early, as after a broken download"
             ) from error
-        except (OSError, zlib.error, lzma.LZMAError, ValueError, _ZstdError) as error:
+        except (OSError, zlib.error, lzma.LZMAError, ValueError, _DamagedError) as error:
             raise CalibrationError(f"{self._name}: the compressed data are damaged: {error}") from error
 
 
-class _ZstdError(Exception):
-    """Zstandard data that are damaged."""
+class _DamagedError(Exception):
+    """Compressed data that are damaged."""
 
 
-def _zstd_file(raw: io.RawIOBase, name: str) -> Any:
+def _zstd_file(raw: io.RawIOBase, name: str) -> _Frames:
     if sys.version_info >= (3, 14):
-        return import_module("compression.zstd").ZstdFile(raw)
+        return _Frames(raw, import_module("compression.zstd").ZstdDecompressor)
     try:
-        return _Zstd(raw, import_module("zstandard"))
+        zstandard: Any = import_module("zstandard")
     except ModuleNotFoundError:
         raise MissingExtraError(
             f"{name}: to read Zstandard needs zstandard: pip install 'reap-moe[data]', or decompress it with zstd -d"
         ) from None
+    return _Frames(raw, lambda: zstandard.ZstdDecompressor().decompressobj(), error=zstandard.ZstdError)
 
 
-class _Zstd:
-    """The frames of a .zst file, one after the other. zstandard's own reader takes a file cut short for a whole one."""
+class _Frames:
+    """The streams of a compressed file, one after the other, each whole. The libraries' own readers take a file cut
+    short for a whole one (zstandard), or end without a word where a later stream is damaged (bz2, lzma)."""
 
-    def __init__(self, raw: io.RawIOBase, zstandard: Any) -> None:
-        self._raw, self._zstandard = raw, zstandard
+    def __init__(
+        self,
+        raw: io.RawIOBase,
+        decompressor: Callable[[], Any],
+        *,
+        padding: bytes = b"",
+        error: type[Exception] = OSError,
+    ) -> None:
+        self._raw, self._decompressor, self._padding, self._error = raw, decompressor, padding, error
         self._frame: Any = None
         self._waiting, self._ready = b"", b""
 
@@ -276,18 +285,21 @@ class _Zstd:
                 if self._frame is not None:
                     raise EOFError
                 return b""
-            self._waiting, piece = piece[_ZSTD_INPUT:], piece[:_ZSTD_INPUT]
+            self._waiting, piece = piece[_PIECE:], piece[:_PIECE]
             self._ready = self._decompress(piece)
         data, self._ready = self._ready[:n_bytes], self._ready[n_bytes:]
         return data
 
     def _decompress(self, piece: bytes) -> bytes:
         if self._frame is None:
-            self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            piece = piece.lstrip(self._padding) if self._padding else piece
+            if not piece:
+                return b""
+            self._frame = self._decompressor()
         try:
             out: bytes = self._frame.decompress(piece)
-        except self._zstandard.ZstdError as error:
-            raise _ZstdError(str(error)) from error
+        except self._error as error:
+            raise _DamagedError(str(error)) from error
         if self._frame.eof:
             self._waiting = self._frame.unused_data + self._waiting
             self._frame = None
