@@ -24,6 +24,9 @@ bool is_worth_reading(const std::string & line) {
         "tensor overrides to CPU are used with mmap",
         "using full-size SWA cache",           // as every context here, so that any position can be asked for
         "Phi SWA is currently disabled",
+        "padding V cache",                     // memory, where layers have heads of their own and there is no flash attention
+        "sharing with layer",                  // caches of layers that share one by design
+        "n_ctx is not divisible by n_seq_max",
     };
     const auto names = [&](const char * words) { return line.find(words) != std::string::npos; };
     return line.find_first_not_of("* ") != std::string::npos && std::none_of(std::begin(HARMLESS), std::end(HARMLESS), names);

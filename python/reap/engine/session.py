@@ -55,11 +55,6 @@ def open_vocabulary(path: str | os.PathLike[str]) -> SessionTokenizer:
     return SessionTokenizer(native.load().Vocabulary(os.fspath(path)))
 
 
-def engine_warnings(session: _core.Session) -> list[str]:
-    """What the engine warned of, each sentence once; not its advice on an option that reap does not have."""
-    return [line for line in session.warnings() if "consider using --load-mode" not in line]
-
-
 class SessionTokenizer:
     """The model's own tokenizer, as `reap.text.calibration.Tokenizer` wants it."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineOptions
-from reap.engine.session import SessionTokenizer, engine_warnings, open_session
+from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import MismatchError, UnsupportedModelError, UsageError
 from reap.evaluation.loops import Continuations, choose_prompts, continue_prompts
 from reap.evaluation.quality_metrics import Predictions, TokenScores, compare_predictions, quality_metrics
@@ -108,7 +108,7 @@ class PlanEvaluator:
         if max_tokens is not None:
             self.text = self.text.thinned(max(1, max_tokens // self.text.ctx_size))
         #: Sentences about the model and the options, of the engine and of ours.
-        self.warnings: tuple[str, ...] = tuple(engine_warnings(self._session))
+        self.warnings: tuple[str, ...] = tuple(self._session.warnings())
         if options.batch_size is not None:
             self.warnings += (_NO_BATCH,)
         self._reference: Reference | None = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from reap.engine import native
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
-from reap.engine.session import SessionTokenizer, engine_warnings, open_session
+from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import ReapWarning, UnsupportedModelError, UsageError
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
 from reap.profiling.arguments import divide, shows
@@ -98,7 +98,7 @@ def profile(
         session.start_profile(layers, info.n_experts)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{info.path}: {info.architecture} cannot be profiled: {error}") from error
-    said = engine_warnings(session)
+    said = session.warnings()
     for warning in said:
         warnings.warn(warning, ReapWarning, stacklevel=2)
     result = measure(session, SessionTokenizer(session), source, keeper, progress)
