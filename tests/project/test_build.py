@@ -135,6 +135,12 @@ def test_what_is_installed_carries_its_libraries_and_licences() -> None:
     assert (folder / "_converter" / "gguf-py" / "gguf" / "constants.py").is_file()
 
 
+def test_the_wheel_is_tried_with_tests_that_exist() -> None:
+    script = load_script(ROOT / "packaging" / "try_wheel.py")
+    missing = [name for name in (*script.QUICK, *script.NEEDS_THE_TREE) if not (ROOT / name).is_file()]
+    assert not missing
+
+
 def test_the_pin_is_the_module_s_own() -> None:
     pin = (ROOT / "vendor" / "llama.cpp" / "pin.cmake").read_text()
     commit = re.findall(r"REAP_LLAMA_CPP_COMMIT (\w+)", pin)[0]
