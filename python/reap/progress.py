@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a long call is: `done` of `total` units."""
+    """How far a long call is."""
 
     done: int
+    """Units that are done."""
     total: int | None
     """None where it is not known yet; an estimate in a profile, until the end."""
     unit: str = "tokens"
+    """What is counted, in the plural."""
     rate: float | None = None
     """Units a second in this process; None where the work does not say."""
 

@@ -248,6 +248,32 @@ def test_a_newcomer_sees_the_rooms() -> None:
                 assert length <= 60, f"{dotted(path)}: {node.name} has {length} lines"
 
 
+def fields_of(cls: ast.ClassDef) -> Iterator[tuple[str, bool]]:
+    """Each public field of a dataclass or named tuple, and whether a string below it says what it holds."""
+    made_by = [ast.unparse(node) for node in (*cls.decorator_list, *cls.bases)]
+    if not any(name.partition("(")[0] in ("dataclass", "NamedTuple") for name in made_by):
+        return
+    for field, below in zip(cls.body, [*cls.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and not (name := ast.unparse(field.target)).startswith("_"):
+            value = below.value if isinstance(below, ast.Expr) else None
+            yield name, isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def test_every_field_is_explained() -> None:
+    """The command line's families of options have typer's help instead, and private classes are for those who read
+    them."""
+    explained = 0
+    for path in sources():
+        if room_of(dotted(path)) == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                for name, has_string in fields_of(node):
+                    assert has_string, f"{dotted(path)}: {node.name}.{name} has no string below it"
+                    explained += 1
+    assert explained > 400
+
+
 def test_only_the_command_line_prints_or_exits() -> None:
     for path in sources():
         if room_of(dotted(path)) in ("cli", "__main__"):

@@ -8,28 +8,29 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reap.engine import native
-from reap.errors import EngineError, ReapError, UsageError
-
-if TYPE_CHECKING:
-    pass
-
 from reap.engine.options import usable_cores
+from reap.errors import EngineError, ReapError, UsageError
 
 
 @dataclass(frozen=True)
 class Device:
-    """What can run a model: its name for `devices`, its kind ("cpu", "gpu", "igpu", "accel"), the buffer type's name
-    for `override_tensors`, and its memory in bytes."""
+    """What can run a model."""
 
     name: str
+    """For the option `devices`."""
     description: str
+    """What the engine calls it, for people."""
     kind: str
+    """ "cpu", "gpu", "igpu" or "accel"."""
     buffer_type: str
+    """Name of its buffers, for the option `override_tensors`."""
     memory_free: int
+    """Bytes that are free."""
     memory_total: int
+    """Bytes in all."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
@@ -56,13 +57,16 @@ def devices() -> list[Device]:
 
 @dataclass(frozen=True)
 class Backend:
-    """A part of the engine that drives one kind of device: its name ("CPU", "CUDA", "RPC", ...), its library's file
-    name, how many devices it found, and why it cannot be used here (None: it can)."""
+    """A part of the engine that drives one kind of device."""
 
     name: str
+    """ "CPU", "CUDA", "RPC", ..."""
     library: str
+    """File name of its library."""
     n_devices: int
+    """Devices that it found."""
     problem: str | None = None
+    """Why it cannot be used here; None: it can."""
 
 
 def backends() -> list[Backend]:

@@ -37,10 +37,12 @@ KV_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0"
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number from `least` to `most`."""
+    """A whole number."""
 
     least: int
+    """The smallest that may be given."""
     most: int = 2**31 - 1
+    """The largest that may be given."""
 
     def check(self, name: str, value: object) -> int:
         """The number; UsageError where it is out of range or of another type."""
@@ -58,9 +60,10 @@ class Whole:
 
 @dataclass(frozen=True)
 class Word:
-    """A string, one of `choices` where there are any."""
+    """A string."""
 
     choices: tuple[str, ...] = ()
+    """What it may be; empty: any string."""
 
     def check(self, name: str, value: object) -> str:
         """The string."""
@@ -72,14 +75,14 @@ class Word:
 
 @dataclass(frozen=True)
 class Listed:
-    """Any number of strings, each read by `read`; a string by itself is one of them.
-
-    read: (string) -> what the tuple holds, ValueError where it cannot be. form: what a string should look like.
-    """
+    """Any number of strings; a string by itself is one of them."""
 
     form: str
+    """What a string should look like, for errors."""
     read: Callable[[str], Any] = str
-    separator: str = ","  # a regular expression: what parts several of them in one text of the command line
+    """(string) -> what the tuple holds; raises ValueError where it cannot be."""
+    separator: str = ","
+    """A regular expression: what parts several of them in one text of the command line."""
 
     def check(self, name: str, value: object) -> tuple[Any, ...]:
         """A tuple of what was read."""
@@ -99,9 +102,10 @@ class Listed:
 
 @dataclass(frozen=True)
 class Tupled(Listed):
-    """The same where an item may be given in its parts as well, which `joined` puts together to such a string."""
+    """The same where an item may also be given in its parts."""
 
     joined: str = "{}={}"
+    """How parts are put together to a string, with {} for each."""
 
     def _item(self, name: str, item: object) -> Any:
         if isinstance(item, Sequence) and not isinstance(item, str):
@@ -132,18 +136,20 @@ def _split_metadata(text: str) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Option:
-    """What a field may hold, and how it is given on the command line.
-
-    short: llama.cpp's short name. help: for the command line. flag: where it is not made of the field's name. metavar:
-    what stands for the value in the help. setting: its name in the native module, where it is another.
-    """
+    """What a field may hold, and how it is given on the command line."""
 
     holds: Whole | Word | Listed
+    """Checks a value."""
     short: str | None
+    """llama.cpp's short name; None: it has none."""
     help: str
+    """For the command line."""
     flag: str | None = None
+    """Where it is not made of the field's name."""
     metavar: str | None = None
+    """What stands for the value in the help."""
     setting: str | None = None
+    """Its name in the native module, where it is another."""
 
 
 # ---- the options themselves
@@ -180,41 +186,35 @@ _CACHE = Word(KV_CACHE_TYPES)
 class EngineOptions:
     """Options that go through to llama.cpp, with its own names.
 
-    Attributes:
-        ctx_size: tokens of one sequence; 0: what the model was trained with
-        batch_size: tokens of one decode; None: ubatch_size
-        ubatch_size: tokens of one pass through the graph
-        threads: None: the cores that this process may use
-        gpu_layers: layers on the device; negative: all
-        devices: names as `reap devices` prints them; None: all there are
-        override_tensors: (regular expression of tensor names, buffer type), or "PATTERN=BUFFER"
-        override_kv: (key of the model's metadata, type, value), or "KEY=TYPE:VALUE": what the engine takes for it
-        rpc: "host:port" of servers
-        type_k, type_v: types of the KV cache
-        flash_attn: "auto", "on" or "off"
-
     Of what is a list, one item may be given by itself. Lists become tuples.
 
     Raises UsageError for a value that is out of range or of another type.
     """
 
     ctx_size: Annotated[int, Option(Whole(0), "-c", "Tokens of one window.")] = PROFILE_CTX_SIZE
+    """Tokens of one sequence; 0: what the model was trained with."""
     batch_size: Annotated[int | None, Option(Whole(1), "-b", "Tokens of one decode; as --ubatch-size by default.")] = (
         None
     )
+    """Tokens of one decode; None: ubatch_size."""
     ubatch_size: Annotated[int, Option(Whole(1), "-ub", "Tokens of one pass through the graph.")] = DEFAULT_UBATCH
+    """Tokens of one pass through the graph."""
     threads: Annotated[
         int | None, Option(Whole(1, MOST_THREADS), "-t", "Threads; the cores that are there by default.")
     ] = None
+    """Threads that compute; None: the cores that this process may use."""
     gpu_layers: Annotated[int, Option(Whole(-(2**31)), "-ngl", "Layers on the device; -1 is all.")] = -1
+    """Layers on the device; negative: all."""
     devices: Annotated[
         Sequence[str] | None,
         Option(Listed("names of devices"), None, "Devices to use, as `reap devices` names them.", "--device", "D"),
     ] = None
+    """Names as `reap devices` prints them; None: all there are."""
     override_tensors: Annotated[
         Sequence[str | tuple[str, str]],
         Option(_OVERRIDES, "-ot", "Tensors to place elsewhere.", "--override-tensor", "P=D"),
     ] = ()
+    """(regular expression of tensor names, buffer type), or "PATTERN=BUFFER": tensors to place elsewhere."""
     override_kv: Annotated[
         Sequence[str | tuple[str, str, str]],
         Option(
@@ -225,15 +225,20 @@ class EngineOptions:
             setting="kv_overrides",
         ),
     ] = ()
+    """(key of the model's metadata, type, value), or "KEY=TYPE:VALUE": what the engine takes for it."""
     rpc: Annotated[
         Sequence[str],
         Option(Listed("host:port"), None, "Servers that compute for this machine.", metavar="HOST:PORT"),
     ] = ()
+    """ "host:port" of the servers that compute for this machine."""
     type_k: Annotated[str, Option(_CACHE, "-ctk", "Type of the K cache.")] = "f16"
+    """ggml type of the K cache."""
     type_v: Annotated[str, Option(_CACHE, "-ctv", "Type of the V cache.")] = "f16"
+    """ggml type of the V cache."""
     flash_attn: Annotated[
         str, Option(Word(FLASH_ATTENTION), "-fa", "Flash attention.", metavar="|".join(FLASH_ATTENTION))
     ] = "auto"
+    """ "auto", "on" or "off"."""
 
     def __post_init__(self) -> None:
         for field in engine_fields():
@@ -262,11 +267,14 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineField:
-    """A field of `EngineOptions`: its name, its default, what it may hold and how a command takes it."""
+    """A field of `EngineOptions`."""
 
     name: str
+    """Of the field."""
     default: Any
+    """What it holds where it is not given."""
     option: Option
+    """What it may hold, and how a command takes it."""
 
     @property
     def flag(self) -> str:

@@ -40,21 +40,26 @@ _RULES = re.compile("={4,}")  # lines across the page, in the engine's log
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What `quantize` did, or would do. Sizes in bytes; n_bytes_after of a dry run is exact to 1 MiB. tensor_types: of
-    the new file.
-
-    warnings: sentences worth reading.
-    """
+    """What `quantize` did, or would do."""
 
     source: Path
+    """The model, as it was given."""
     output: Path
+    """The new file."""
     type: str
+    """The file type, in llama-quantize's spelling."""
     n_bytes_before: int
+    """Bytes of the source, all shards."""
     n_bytes_after: int
+    """Bytes of the new file; of a dry run an estimate, exact to 1 MiB."""
     tensor_types: dict[str, int]
+    """ggml type name -> number of tensors of the new file."""
     dry_run: bool
+    """Whether nothing was written."""
     seconds: float
+    """How long the call took."""
     warnings: tuple[str, ...]
+    """Sentences worth reading."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""

@@ -27,35 +27,45 @@ LOOP_TOKENS = 16
 
 @dataclass(frozen=True)
 class LoopMetrics:
-    """How a model continues `prompts` prompts of prompt_tokens tokens with at most new_tokens tokens, each the most
-    probable.
+    """How a model continues the beginnings of some windows, each time with the most probable token.
 
-    repeated: mean share of 4-grams that occurred before in the same continuation. looping: share of the continuations
-    that end in a loop, the same run of tokens over and over. unfinished: share of those that no end-of-text token
-    ended. With a reference (None without): the same figures of the reference's continuations, and same_start: mean
-    share of new tokens before the first that differs.
+    What concerns a reference is None where there is none.
     """
 
     prompts: int
+    """Beginnings that were continued."""
     prompt_tokens: int
+    """Tokens of each."""
     new_tokens: int
+    """The most tokens that a continuation has."""
     repeated: float
+    """Mean share of 4-grams that occurred before in the same continuation."""
     looping: float
+    """Share of the continuations that end in a loop, the same run of tokens over and over."""
     unfinished: float
+    """Share of the continuations that no end-of-text token ended."""
     reference_repeated: float | None = None
+    """`repeated` of the reference's continuations."""
     reference_looping: float | None = None
+    """`looping` of the reference's continuations."""
     reference_unfinished: float | None = None
+    """`unfinished` of the reference's continuations."""
     same_start: float | None = None
+    """Mean share of the new tokens before the first that differs from the reference's."""
 
 
 @dataclass(frozen=True)
 class Continuations:
-    """What a model made of its prompts: token ids, the one that ended the text included, and whether there was one."""
+    """What a model made of its prompts."""
 
     prompt_tokens: int
+    """Tokens of each prompt."""
     new_tokens: int
+    """The most tokens that a continuation has."""
     tokens: tuple[tuple[int, ...], ...]
+    """Token ids of each continuation, the one that ended the text included."""
     finished: tuple[bool, ...]
+    """Of each continuation, whether an end-of-text token ended it."""
 
 
 def choose_prompts(windows: Sequence[NDArray[np.int32]], ctx_size: int) -> tuple[list[NDArray[np.int32]], int]:

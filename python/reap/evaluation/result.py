@@ -12,26 +12,30 @@ from reap.evaluation.quality_metrics import QualityMetrics
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(QualityMetrics):
-    """How well a model predicts a text: the figures of all its scored tokens, and of each domain.
-
-    model, text: files. plan: metric and number of kept experts of the plan in force, None for the model as it is.
-    reference: the file that it is compared with. domains: name -> the same figures of that domain's tokens; empty where
-    the text names none. loops: of the loop probe, where it was asked for. windows: of ctx_size tokens each.
-    dropped_tokens: what was left of the text, shorter than a window. seconds: the call took. warnings: sentences worth
-    reading.
-    """
+    """How well a model predicts a text: of all its scored tokens, and of each domain."""
 
     model: str
+    """The model's file."""
     text: tuple[str, ...]
+    """The text's files."""
     plan: dict[str, Any] | None
+    """ "metric", "keep" and "n_experts" of the plan in force; None for the model as it is."""
     reference: str | None
+    """The file that the model is compared with; None where there is none."""
     windows: int
+    """Windows of the text, each of ctx_size tokens."""
     ctx_size: int
+    """Tokens of a window."""
     dropped_tokens: int
+    """Tokens of the text that are in no window."""
     domains: dict[str, QualityMetrics]
+    """Domain -> the same of its tokens; empty where the text names none."""
     loops: LoopMetrics | None
+    """What the loop probe found; None where it was not asked for."""
     seconds: float
+    """How long the call took."""
     warnings: tuple[str, ...] = ()
+    """Sentences worth reading."""
 
     @property
     def meaning(self) -> str:

@@ -24,33 +24,34 @@ _MOST_BYTES = 1 << 60
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRow:
-    """One candidate on the whole text (domain None) or on one domain of it.
-
-    Attributes:
-        metric: that chose the experts; "baseline" for the model as it is, a plan's own for a plan that was given
-        seed: of metric random; None otherwise
-        keep, bytes: experts in each layer; exact size of the pruned file
-        perplexity, stderr: by llama-perplexity's rule
-        kl_mean, top1: against the model as it is: mean KL divergence in nats per token, share of tokens with the same
-            first choice
-        loss_increase: mean over the tokens of −ln p less that of the model as it is, in nats; exp of it: ratio of the
-            perplexities
-        loss_increase_stderr: of that mean of differences, token by token: much smaller than two separate errors
-        tokens: that were scored
-    """
+    """One candidate on the whole text, or on one domain of it."""
 
     metric: str
+    """What chose the experts; "baseline" for the model as it is, a plan's own for a plan that was given."""
     seed: int | None
+    """Of the metric random; None for every other."""
     keep: int
+    """Experts in each layer."""
     bytes: int
+    """Exact size of the pruned file."""
     domain: str | None
+    """None: the whole text."""
     tokens: int
+    """Tokens that were scored."""
     perplexity: float
+    """By llama-perplexity's rule."""
     stderr: float
+    """Standard error of the perplexity, by the same rule."""
     kl_mean: float
+    """Mean KL divergence from the model as it is, in nats per token."""
     top1: float
+    """Share of tokens for which it and the model as it is have the same first choice."""
     loss_increase: float
+    """Mean over the tokens of −ln p, less that of the model as it is, in nats; exp of it is the ratio of the
+    perplexities."""
     loss_increase_stderr: float
+    """Standard error of that mean, from the differences token by token: much smaller than the errors of the two
+    perplexities."""
 
     def __getitem__(self, name: str) -> Any:
         """row["bytes"] is row.bytes, as in the file."""
@@ -61,64 +62,66 @@ class SweepRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The best criterion at one size, on the whole text (domain None) or on one domain.
-
-    Attributes:
-        metric, runner_up: the two with the lowest loss; of random the mean over its seeds
-        margin: by how much the best one's loss is lower, in nats per token; exp(margin) − 1 is the difference of the
-            perplexities
-        spread: standard error of the margin, of differences token by token (of a mean over seeds also their scatter)
-        clear: margin > 2 spread: otherwise there is no clear winner
-    """
+    """The best criterion at one size, on the whole text or on one domain."""
 
     keep: int
+    """Experts in each layer."""
     domain: str | None
+    """None: the whole text."""
     metric: str
+    """The criterion with the lowest loss; of random the mean over its seeds."""
     runner_up: str
+    """The one with the next lowest."""
     margin: float
+    """By how much the best one's loss is lower, in nats per token; exp(margin) − 1 is the relative difference of the
+    perplexities."""
     spread: float
+    """Standard error of the margin, from differences token by token; of a mean over seeds, their scatter included."""
     clear: bool
+    """Whether the margin is more than twice the spread; otherwise there is no clear winner."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a limit allows one criterion: the largest file of at most `limit` bytes ("size"), or the smallest whose
-    Attributes:
-        perplexity: is at most 1 + `limit` times that of the model as it is ("perplexity")."""
+    """What a limit allows one criterion: the largest file of at most so many bytes, or the smallest file whose
+    perplexity rises by no more than a share."""
 
     kind: str
+    """ "size" or "perplexity"."""
     limit: float
+    """Bytes for a size; for a perplexity, the share by which it may exceed that of the model as it is."""
     metric: str
+    """The criterion."""
     keep: int
+    """Experts in each layer of the file that was found."""
     bytes: int
+    """Its exact size."""
     perplexity: float
+    """Its perplexity on the whole text."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Quality against size for many choices of experts, all on one text.
-
-    Attributes:
-        rows: the model as it is first, then each candidate: the whole text, then each domain
-        verdicts: the best criterion for each size at which there are two or more
-        targets: answers to a limit on size or perplexity
-        model: name, architecture, fingerprint, n_experts, ... as in a profile; bytes: of the model as it is
-        text: "files", "sha256", "domains", scored "tokens", "windows", "ctx_size" of the held-out text
-        calibration: "files" and "sha256" of what the profile saw
-        engine: what measured it
-        complete: False where the sweep was interrupted
-        warnings: sentences worth reading
-    """
+    """Quality against size for many choices of experts, all on one text."""
 
     rows: tuple[SweepRow, ...]
+    """The model as it is first, then each candidate: the whole text, then each domain."""
     verdicts: tuple[Verdict, ...] = ()
+    """The best criterion for each size at which there are two or more."""
     targets: tuple[Target, ...] = ()
+    """Answers to limits on size or perplexity."""
     model: dict[str, Any] = field(default_factory=dict)
+    """ "name", "architecture", "fingerprint", "n_experts", ... as in a profile; "bytes": of the model as it is."""
     text: dict[str, Any] = field(default_factory=dict)
+    """ "files", "sha256", "domains", scored "tokens", "windows" and "ctx_size" of the held-out text."""
     calibration: dict[str, Any] = field(default_factory=dict)
+    """ "files" and "sha256" of what the profile saw."""
     engine: dict[str, Any] = field(default_factory=dict)
+    """What measured it: the engine and its options."""
     complete: bool = True
+    """False where the sweep was interrupted."""
     warnings: tuple[str, ...] = ()
+    """Sentences worth reading."""
 
     @property
     def domains(self) -> tuple[str, ...]:

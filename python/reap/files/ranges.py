@@ -20,11 +20,14 @@ _WRITE_BACK_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`n_bytes` bytes of an open file, from `offset` on."""
+    """Bytes of an open file."""
 
     file: RegularFile
+    """The file."""
     offset: int
+    """Where they begin, in bytes from the start of the file."""
     n_bytes: int
+    """How many they are."""
 
 
 Piece = Span | bytes
@@ -71,6 +74,7 @@ class RawFile:
     """A file to write that is nothing but its pieces."""
 
     parts: tuple[Piece, ...]
+    """Spans of open files, and bytes, in order."""
 
     def pieces(self) -> Iterator[Piece]:
         """The whole file, in order."""

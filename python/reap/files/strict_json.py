@@ -172,17 +172,17 @@ def _large() -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The most that a JSON text may have, counted before anything is made of it: bytes say little of the memory that
-    Attributes:
-        values: take. What stands inside strings is counted as well."""
+    """The most that a JSON text may have, counted before anything is made of it: its size alone says little of the
+    memory that its values take. What stands inside strings is counted as well."""
 
     n_bytes: int
-    #: lists and objects
+    """Size of the text."""
     containers: int
-    #: members of objects
+    """Lists and objects."""
     members: int
-    #: of lists and objects, except the first of each
+    """Members of objects."""
     values: int
+    """Values of lists and objects, except the first of each."""
 
     def exceeded(self, raw: bytes, factor: int = 1) -> str | None:
         """What `raw` has more of than this times `factor`; None where there is nothing."""

@@ -27,12 +27,16 @@ class Role(Enum):
 
 
 class Rule(NamedTuple):
-    """One line of the table. pattern: of the name after `blk.N.`; n_dims: axes a CUT tensor must have."""
+    """One line of the table."""
 
     pattern: str
+    """Regular expression of the name after `blk.N.`."""
     role: Role
+    """What pruning does with such a tensor."""
     n_dims: int = 0
+    """Axes that a CUT tensor must have; 0 for the others."""
     reason: str = ""
+    """Why a REFUSE tensor is refused; empty for the others."""
 
 
 _OTHER_FAMILIES = (
@@ -113,18 +117,17 @@ def find_rule(block_name: str) -> Rule | None:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Where the experts of a model are.
-
-    architecture: of the model. n_experts: the header's expert count, 0 for a dense model. layers: GGUF block index of
-    each MoE layer, ascending, multi-token-prediction layers included -> its tensors with an expert axis, in file order.
-    routers: names of the tensors that route, in layer order. refusals: one sentence for each thing that makes the
-    model impossible to prune; empty for a model that can be pruned.
-    """
+    """Where the experts of a model are."""
 
     architecture: str
+    """general.architecture of the model."""
     n_experts: int
+    """The header's expert count; 0 for a dense model."""
     layers: Mapping[int, tuple[TensorInfo, ...]]
+    """GGUF block index of each MoE layer, ascending, multi-token-prediction layers included -> its tensors with an
+    expert axis, in file order."""
     refusals: tuple[str, ...]
+    """One sentence for each thing that makes the model impossible to prune; empty if it can be pruned."""
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -34,23 +34,28 @@ _MIN_ENTRY_BYTES = 4 + 1 + 4 + 4 + 4
 
 
 class Experts(NamedTuple):
-    """What becomes of one tensor of experts: its row length, how many experts it has, and the ids that stay,
-    ascending."""
+    """What becomes of one tensor of experts."""
 
     n_in: int
+    """Length of a row: numbers that an expert takes in."""
     n_experts: int
+    """Experts of the tensor."""
     kept: tuple[int, ...]
+    """Ids of those that stay, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One weight's part of the matrix: where its values and its counts lie, in F32 numbers. The legacy form has no
-    counts."""
+    """One weight's part of the matrix; offsets and sizes are in F32 numbers."""
 
     offset: int
+    """Where its values begin."""
     n_values: int
+    """How many there are."""
     counts_offset: int = 0
+    """Where its counts begin."""
     n_counts: int = 0
+    """How many there are; 0 in the legacy form, which has none."""
 
 
 class Imatrix:

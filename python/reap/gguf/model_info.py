@@ -27,50 +27,66 @@ MAX_LAYERS = 65_536
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a GGUF file is. Sizes are bytes, layers are GGUF block indices.
-
-    path: the first file. name: general.name. n_layers: blocks, dense and multi-token-prediction ones included;
-    n_prediction_layers: of these, the multi-token-prediction ones, which are last. moe_layers: ascending; empty for a
-    dense model. n_experts: in every MoE layer. n_experts_used: the most any MoE layer routes a token to;
-    n_experts_used_per_layer: aligned with moe_layers. n_groups: of a grouped router, 1 if it has none; n_groups_used:
-    how many of them a token may use. n_embd: width of the hidden states, 0 where the header does not say. tensor_types:
-    ggml type name -> number of tensors. n_bytes: of the file or all shards. expert_bytes: of all experts' tensors,
-    routers not included; other_bytes: all else. bytes_per_expert: what removing one expert from every MoE layer saves,
-    router rows included. identity: what makes it this model, part by part (`reap.gguf.fingerprint`); equal for two
-    quantisations of one model. fingerprint: one hash of these. router_fingerprint: of the routers' bytes (of each that
-    is larger than 64 KiB, of 16 blocks of it). provenance: the reap.* keys of a pruned file.
-    refusals: why the model cannot be pruned, empty if it can.
-    """
+    """What a GGUF file is."""
 
     path: Path
+    """The file; of a split model, the first."""
     name: str | None
+    """general.name; None where the header has none."""
     architecture: str
+    """general.architecture, such as `qwen3moe`."""
     n_layers: int
+    """Blocks, dense and multi-token-prediction ones included."""
     n_prediction_layers: int
+    """How many of them, the last ones, are for multi-token prediction."""
     moe_layers: tuple[int, ...]
+    """GGUF block indices of the layers with experts, ascending; empty for a dense model."""
     n_experts: int
+    """Routed experts in every MoE layer; 0 for a dense model."""
     n_experts_used: int
+    """The most experts that any MoE layer routes a token to."""
     n_experts_used_per_layer: tuple[int, ...]
+    """Experts that a layer routes a token to, aligned with moe_layers."""
     n_groups: int
+    """Groups of the router; 1 where it has none."""
     n_groups_used: int
+    """Groups that a token may use."""
     n_embd: int
+    """Width of the hidden states; 0 where the header does not say."""
     vocab_size: int
+    """Number of tokens in the vocabulary; 0 where the file does not say."""
     context_length: int
+    """Tokens of the context that the model was trained with; 0 where the header does not say."""
     file_type: int | None
+    """general.file_type, llama.cpp's number for a quantisation; None where the header has none."""
     tensor_types: Mapping[str, int]
+    """ggml type name -> number of tensors."""
     n_parameters: int
+    """Numbers in all tensors."""
     n_files: int
+    """1, or the number of shards."""
     n_bytes: int
+    """Size of the file, or of all shards."""
     expert_bytes: int
+    """Bytes of all experts' tensors, routers not included."""
     other_bytes: int
+    """Bytes of all other tensors."""
     bytes_per_expert: int
+    """Bytes that removing one expert from every MoE layer saves, router rows included."""
     has_tokenizer: bool
+    """Whether the file holds a tokenizer."""
     has_chat_template: bool
+    """Whether the file holds a chat template."""
     identity: Mapping[str, str]
+    """What makes it this model, part by part (`reap.gguf.fingerprint`); equal for two quantisations of one model."""
     fingerprint: str
+    """One hash of `identity`."""
     router_fingerprint: str
+    """Hash of the routers' bytes; of a router that is larger than 64 KiB, of 16 blocks of it."""
     provenance: dict[str, Any] | None
+    """The reap.* keys of a pruned file; None for a file that was not pruned."""
     refusals: tuple[str, ...]
+    """Why the model cannot be pruned, one sentence each; empty if it can."""
 
     @property
     def is_moe(self) -> bool:

@@ -42,18 +42,20 @@ def pad(n_bytes: int, alignment: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One entry of the tensor table.
-
-    shape: GGUF order, ne[0] (the contiguous axis) first, so the outermost axis is last. type: ggml type id.
-    offset_bytes: from the start of its file. shard: which file of the model it is in.
-    """
+    """One entry of the tensor table."""
 
     name: str
+    """Such as `blk.3.ffn_down_exps.weight`."""
     shape: tuple[int, ...]
+    """GGUF order: ne[0] (the contiguous axis) first, so the outermost axis is last."""
     type: int
+    """ggml type id."""
     offset_bytes: int
+    """Of its data, from the start of its file."""
     n_bytes: int
+    """Of its data, without padding."""
     shard: int = 0
+    """Which file of the model it is in, from 0."""
 
     @property
     def type_name(self) -> str:
@@ -71,20 +73,22 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class MetadataValue:
-    """One metadata pair, decoded only when `.value` is asked for.
-
-    type, array_type: `ValueType` ids; array_type is None for a scalar. length: number of elements, 1 for a scalar.
-    raw: the exact bytes after the value's type id; an array's begin with its element type and its length.
-    offset_bytes, n_bytes: where the whole pair, key and type included, lies in the file.
-    """
+    """One metadata pair, decoded only when `.value` is asked for."""
 
     key: str
+    """Such as `general.name`."""
     type: int
+    """`ValueType` id."""
     array_type: int | None
+    """`ValueType` id of an array's elements; None for a scalar."""
     length: int
+    """Number of elements; 1 for a scalar."""
     raw: memoryview = field(repr=False)
+    """The exact bytes after the value's type id; an array's begin with its element type and its length."""
     offset_bytes: int
+    """Where the whole pair, key and type included, begins in the file."""
     n_bytes: int
+    """Size of the whole pair."""
 
     @property
     def value(self) -> Any:

@@ -71,7 +71,9 @@ class Router(NamedTuple):
     type: str
     """ggml type or safetensors dtype."""
     n_rows: int
+    """Experts."""
     n_columns: int
+    """Numbers of a row: the width of the hidden states."""
     read: Callable[[int, int], bytes]
     """(first row, rows) -> their bytes."""
 
@@ -179,7 +181,9 @@ class Distance(NamedTuple):
     """How far two routers of one layer are from each other, as a share of their size."""
 
     layer: int
+    """GGUF block index."""
     types: tuple[str, str]
+    """How the two are stored."""
     distance: float
     """Root mean square over the rows."""
     bound: float

@@ -34,11 +34,14 @@ INTEGER_TYPES = frozenset({0, 1, 2, 3, 4, 5, 10, 11})
 
 
 class TensorType(NamedTuple):
-    """How a ggml type is stored: `block_size` elements of a row share `block_bytes` bytes."""
+    """How a ggml type is stored."""
 
     name: str
+    """Such as `Q4_K`."""
     block_size: int
+    """Elements of a row that are stored together."""
     block_bytes: int
+    """Bytes that so many elements take."""
 
 
 #: ggml type id -> storage; a test compares it with the `gguf` package

@@ -23,12 +23,16 @@ _HEADER_BYTES = 24
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to write. shape: GGUF order, ne[0] first. type: ggml type id. pieces: its bytes, in order."""
+    """A tensor to write."""
 
     name: str
+    """As in the tensor table."""
     shape: tuple[int, ...]
+    """GGUF order: ne[0] first."""
     type: int
+    """ggml type id."""
     pieces: tuple[Piece, ...]
+    """Its bytes, in order."""
 
     @property
     def n_bytes(self) -> int:
@@ -38,13 +42,18 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class NewFile:
-    """A GGUF file to write. metadata: whole encoded pairs (key, type, value), `n_keys` of them, in order."""
+    """A GGUF file to write."""
 
     version: int
+    """Of the format."""
     alignment: int
+    """Of the tensors' data, in bytes."""
     n_keys: int
+    """Metadata pairs."""
     metadata: tuple[Piece, ...]
+    """The whole encoded pairs (key, type, value), in order."""
     tensors: tuple[NewTensor, ...]
+    """In the order of their data."""
 
     def pieces(self) -> Iterator[Piece]:
         """The whole file, in order."""

@@ -41,26 +41,34 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` did, or would do. Sizes in bytes, exact; layers are GGUF block indices.
-
-    output: the file to load the new model from; files: every file written -> its size, the shards of a split model in
-    order and then the importance matrix. n_bytes_after: of the model. kept, removed: layer -> expert ids of the source,
-    ascending. seconds: the call took. warnings: sentences worth reading.
-    """
+    """What `prune` did, or would do. Sizes are exact; layers are GGUF block indices."""
 
     source: Path
+    """The model that was pruned; of a split one, the first file."""
     output: Path
+    """The file to load the new model from."""
     files: dict[Path, int]
+    """Every file written -> its bytes: the shards of a split model in order, then the importance matrix."""
     n_bytes_before: int
+    """Bytes of the source, all shards."""
     n_bytes_after: int
+    """Bytes of the new model, all shards."""
     n_experts_before: int
+    """Experts in each MoE layer of the source."""
     n_experts_after: int
+    """Experts in each MoE layer of the new model."""
     kept: dict[int, tuple[int, ...]]
+    """Layer -> ids of the source's experts that stay, ascending."""
     removed: dict[int, tuple[int, ...]]
+    """Layer -> ids of the source's experts that go, ascending."""
     metric: str
+    """The score that the plan ranks experts by."""
     dry_run: bool
+    """Whether nothing was written."""
     seconds: float
+    """How long the call took."""
     warnings: tuple[str, ...]
+    """Sentences worth reading."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types; layers become strings."""

@@ -25,21 +25,28 @@ _COMPILED = tuple((re.compile(pattern), name) for pattern, name in _CLASSES)
 
 @dataclass(frozen=True)
 class SizeClass:
-    """One kind of tensors: bytes before and after a plan, and how many tensors they are."""
+    """One kind of tensors."""
 
     name: str
+    """Such as "experts" or "attention"."""
     n_bytes_before: int
+    """Bytes in the model as it is."""
     n_bytes_after: int
+    """Bytes after the plan."""
     n_tensors: int
+    """How many tensors they are; 0 for the header and padding."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Bytes of a model file, exact, before and after a plan, and by kind of tensor, largest first."""
+    """Bytes of a model's files, exact, before and after a plan."""
 
     n_bytes_before: int
+    """As it is."""
     n_bytes_after: int
+    """After the plan."""
     classes: tuple[SizeClass, ...]
+    """By kind of tensor, the largest first."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""

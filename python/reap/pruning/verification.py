@@ -22,20 +22,24 @@ _COMPARE_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Check:
-    """Compares the files of a pruned model, and what was cut of an importance matrix, with their sources.
-
-    kept: layer -> ids that stay. new_files: what was to be written. output: for messages. full: every byte, not
-    samples.
-    """
+    """Compares the files of a pruned model, and what was cut of an importance matrix, with their sources."""
 
     model: GGUFModel
+    """The source."""
     layout: ExpertLayout
+    """Where its experts are."""
     kept: Mapping[int, tuple[int, ...]]
+    """Layer -> ids that stay, ascending."""
     new_files: Sequence[NewFile]
+    """What was to be written, a shard each."""
     output: Path
+    """Its name, for errors."""
     full: bool
+    """Compare every byte, not samples."""
     imatrix: Imatrix | None = None
+    """The source's importance matrix; None: none was cut."""
     imatrix_experts: Mapping[str, Experts] | None = None
+    """Name of a weight -> what becomes of its part of the matrix."""
 
     def __call__(self, temporaries: Sequence[Path]) -> None:
         """Raise OutputError unless the complete files hold what they should; an importance matrix is the last of

@@ -15,13 +15,12 @@ _HEADROOM = 0.1
 
 @dataclass(frozen=True)
 class Fit:
-    ""
-
-    """Whether weights go into a memory of `gb` · 2^30 bytes. bytes_left: for the cache and the buffers; negative where
-    they lack."""
+    """Whether weights go into a memory."""
 
     gb: int
+    """Size of the memory, in units of 2^30 bytes."""
     bytes_left: int
+    """For the cache and the buffers; negative where the weights do not fit."""
 
     @property
     def verdict(self) -> str:

@@ -24,44 +24,54 @@ from reap.files.atomic import write_whole
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns; cells are text already. is_words: cells are to be read, not compared."""
+    """Rows under columns."""
 
     columns: Sequence[str]
+    """Their heads."""
     rows: Sequence[Sequence[str]]
+    """Their cells, which are text already."""
     is_words: bool = False
+    """Cells are to be read, not compared."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page.
-
-    id: anchor, and of its figure. lead: sentences above it. figure: a plotly figure, or the name of one that the page's
-    script draws ("experts", "layer", "scatter"). alt: what the figure shows, for those who do not see it. table: the
-    numbers behind it, folded away where there is a figure. notes: sentences below it all. navigation: its name in the
-    list of sections; None: the title; empty: not listed.
-    """
+    """One part of a page."""
 
     id: str
+    """Its anchor, and its figure's."""
     title: str
+    """Its heading."""
     lead: str
+    """Sentences above the figure."""
     figure: Any = None
+    """A plotly figure, or the name of one that the page's script draws ("experts", "layer", "scatter")."""
     alt: str = ""
+    """What the figure shows, for those who do not see it."""
     table: Table | None = None
+    """The numbers of the figure; folded away where there is one."""
     notes: Sequence[str] = ()
+    """Sentences below it all."""
     navigation: str | None = None
+    """Its name in the list of sections; None: the title; empty: not listed."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """facts: the key figures at the top, (value, what it is). data: what the page's script needs, JSON types and packed
-    arrays."""
+    """What a page shows."""
 
     title: str
+    """Its heading."""
     subtitle: str
+    """Below the heading."""
     facts: Sequence[tuple[str, str]]
+    """The key numbers at the top: (value, what it is)."""
     sections: Sequence[Section]
+    """In order."""
     warnings: Sequence[str] = ()
+    """Sentences above the facts."""
     data: Mapping[str, Any] = field(default_factory=dict)
+    """What the page's script needs: JSON types and packed arrays."""
 
 
 def write_page(page: Page, output: str | os.PathLike[str], *, force: bool) -> Path:

@@ -19,15 +19,22 @@ from reap.scores.statistics import (
 
 @dataclass(frozen=True)
 class Sources:
-    """What the sections are made of. is_example: the plan was not given, but is what half of the experts would be."""
+    """What the sections are made of."""
 
     profile: Profile
+    """What was measured."""
     plan: PrunePlan
+    """The experts to keep."""
     is_example: bool
+    """Whether the plan was not given, but is what half of the experts would be."""
     sweep: Sweep | None
+    """Quality against size, where it was given."""
     info: ModelInfo | None
+    """The model's file, where it was given."""
     size: ModelSize | None
+    """Its size before and after the plan, where the file was given."""
     file_name: str | None
+    """Name of the profile's file; None: it is in no file."""
 
     @cached_property
     def mask(self) -> Mask:

@@ -13,22 +13,28 @@ _MEANS = ("perplexity", "stderr", "kl_mean", "top1", "loss_increase", "loss_incr
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One metric at one size in one domain: means over the seeds, NaN where unknown; spread is (lowest, highest) of
-    several seeds.
-
-    rise: of the perplexity over that of the model as it is, a share; rise_error: its standard error, token by token.
-    """
+    """One metric at one size in one domain: means over the seeds, NaN where unknown."""
 
     metric: str
+    """What chose the experts."""
     keep: int
+    """Experts in each layer."""
     n_bytes: int
+    """Size of the pruned file."""
     perplexity: float
+    """By llama-perplexity's rule."""
     stderr: float
+    """Its standard error."""
     kl_mean: float
+    """Mean KL divergence from the model as it is, in nats per token."""
     top1: float
+    """Share of tokens for which it and the model as it is have the same first choice."""
     rise: float
+    """Of the perplexity over that of the model as it is, a share."""
     rise_error: float
+    """Standard error of that share, from the differences token by token."""
     spread: tuple[float, float] | None
+    """(lowest, highest) perplexity of several seeds; None of one."""
 
 
 def points_of(sweep: Sweep, domain: str | None) -> dict[str, list[SweepPoint]]:

@@ -24,21 +24,31 @@ class LayerComparison:
     """How far two profiles agree on one layer."""
 
     layer: int
-    spearman: float  # rank correlation of the scores, -1 to 1; NaN where one side gives all experts the same score
-    overlap: float  # share of the kept experts that both keep
-    jaccard: float  # kept by both / kept by either
+    """GGUF block index."""
+    spearman: float
+    """Rank correlation of the scores, -1 to 1; NaN where one side gives all experts the same score."""
+    overlap: float
+    """Share of the kept experts that both keep, 0 to 1."""
+    jaccard: float
+    """Experts that both keep, over experts that either keeps, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two profiles agree: means over the layers, and each layer."""
+    """How far two profiles agree on all layers and on each."""
 
     metric: str
+    """The score that was compared."""
     keep: int
+    """Experts of each layer that count as kept."""
     spearman: float
+    """Mean over the layers where it is defined; NaN where it is defined in none."""
     overlap: float
+    """Mean over the layers."""
     jaccard: float
+    """Mean over the layers."""
     layers: tuple[LayerComparison, ...]
+    """Each layer, ascending."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; an undefined correlation is null."""

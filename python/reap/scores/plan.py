@@ -331,9 +331,13 @@ class SuperExpert:
     """An expert whose output dwarfs the others': removing it tends to break a model, however rarely it is chosen."""
 
     layer: int
+    """GGUF block index."""
     expert: int
-    norm_max: float  # the largest ‖f‖₂ that calibration saw
-    ratio: float  # to the median of its layer
+    """Its id there."""
+    norm_max: float
+    """The largest ‖f‖₂ that calibration saw."""
+    ratio: float
+    """`norm_max` over the median of its layer."""
 
 
 def super_experts(profile: Profile) -> tuple[SuperExpert, ...]:

@@ -19,13 +19,19 @@ Counts = NDArray[np.int64]
 
 
 class Sums(TypedDict):
-    """The five sums, each float64 [n_layers, n_experts]: `Profile` says of what. The order is that of a file."""
+    """The sums of a set of tokens, each float64 [n_layers, n_experts], over the tokens routed to an expert. The order
+    is that of a file."""
 
     gate_sum: Floats
+    """Σ g, the gate's weight."""
     norm_sum: Floats
+    """Σ ‖f‖₂, the norm of the expert's output."""
     gated_norm_sum: Floats
+    """Σ g · ‖f‖₂."""
     gated_norm_sq_sum: Floats
+    """Σ (g · ‖f‖₂)²."""
     norm_max: Floats
+    """max ‖f‖₂."""
 
 
 class Arrays(Sums):

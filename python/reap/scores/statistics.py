@@ -122,14 +122,16 @@ def random_share(mass: Floats, keep: int, n_groups: int = 1) -> tuple[Floats, Fl
 class Cut:
     """Where each layer's score is cut; each float64 [n_layers], NaN where it is undefined.
 
-    lowest_kept, highest_removed: scores at either side. gap: (lowest_kept − highest_removed) / lowest_kept. Near 0 the
-    cut falls into a slope without a step, and its neighbours are interchangeable; below 0 something else than this
-    score chose as well (protected experts, groups, another metric).
+    Near a gap of 0 the cut falls into a slope without a step, and its neighbours are interchangeable; below 0 something
+    else than this score chose as well (protected experts, groups, another metric).
     """
 
     lowest_kept: Floats
+    """The lowest score of a kept expert."""
     highest_removed: Floats
+    """The highest score of a removed expert."""
     gap: Floats
+    """(lowest_kept − highest_removed) / lowest_kept."""
 
 
 def find_cut(score: Floats, mask: Mask) -> Cut:

@@ -43,29 +43,28 @@ class TextArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens that the model sees at once, at most ctx_size of them.
-
-    Attributes:
-        tokens: int32 [n_tokens]
-        counted: bool [n_tokens]: whether the token enters the statistics
-        sample: number of the sample among those used, from 0; a long sample has several windows, in order
-        unit: number of what is counted whole or not at all, from 0 and without gaps: a sample, or one window of a text
-            file
-        where: file and line, for errors
-        consumed: SHA-256 over all windows up to and including this one: what was read so far, however it lay in files.
-            Two calibrations whose windows begin alike have the same value there
-        source: the sample itself; of a long text file its first part
-    """
+    """Tokens that the model sees at once, at most ctx_size of them."""
 
     tokens: NDArray[np.int32]
+    """int32 [n_tokens]."""
     counted: NDArray[np.bool_]
+    """bool [n_tokens]: whether the token enters the statistics."""
     domain: str | None
+    """None: the line has none."""
     sample: int
+    """Number of the sample among those used, from 0; a long sample has several windows, in order."""
     unit: int
+    """Number of what is counted whole or not at all, from 0 and without gaps: a sample, or one window of a text
+    file."""
     line: int
+    """Number of the sample's line in its file, from 1."""
     where: str
+    """File and line, for errors."""
     consumed: bytes = b""
+    """SHA-256 over all windows up to and including this one: what was read so far, however it lay in files. Two
+    calibrations whose windows begin alike have the same value there."""
     source: Sample | None = field(default=None, repr=False, compare=False)
+    """The sample itself; of a long text file its first part."""
 
 
 class Calibration:

@@ -257,6 +257,7 @@ class Rendered:
     """A conversation as a template wrote it."""
 
     text: str
+    """What it wrote."""
     spans: list[Span] | None
     """the characters [start, end) of the assistant's turns; None where they were not looked for"""
     left_out: list[Place]
@@ -268,7 +269,9 @@ class Conversation:
     """What a template is rendered with."""
 
     messages: list[Message]
+    """The turns, as OpenAI's API has them."""
     tools: list[Tool] | None
+    """What the assistant may call; None: nothing."""
 
 
 def _variables(given: dict[str, Any], now: datetime) -> dict[str, Any]:

@@ -24,16 +24,18 @@ Text = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Whole windows of a text, each int32 [ctx_size], with the domain of each (None: the text names none).
-
-    dropped_tokens: of the text, that are in no window.
-    """
+    """Whole windows of a text."""
 
     files: tuple[str, ...]
+    """Paths that it was read from."""
     ctx_size: int
+    """Tokens of a window."""
     windows: tuple[NDArray[np.int32], ...]
+    """Each int32 [ctx_size]."""
     domain_of: tuple[str | None, ...]
+    """Of each window; None: the text names none."""
     dropped_tokens: int
+    """Tokens of the text that are in no window."""
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -41,9 +41,13 @@ class DataFile:
     """A file that is open, and what it was found to be."""
 
     stream: ByteStream
+    """Its bytes, decompressed."""
     format: str
+    """ "JSON Lines", "JSON array", "CSV", "Parquet", "Arrow" or "text"."""
     columnar: ColumnarFile | None = None
+    """A Parquet or Arrow file's reader; None of every other."""
     delimiter: str | None = None
+    """What parts the columns of a CSV file."""
 
     @property
     def name(self) -> str:

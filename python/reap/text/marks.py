@@ -42,6 +42,7 @@ class Mark:
     position: int
     """in the text without marks"""
     message: int
+    """index of the message in the conversation"""
     name: str
     """which text of the message: one of PLACES"""
     code: int
@@ -50,10 +51,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Marked:
-    """A rendered text, and where marks were in it, in the order of their positions."""
+    """A rendered text, and where marks were in it."""
 
     text: str
+    """without the marks"""
     marks: list[Mark]
+    """in the order of their positions"""
     owners: tuple[Place, ...]
     """the texts that were marked: the one at i with the codes 2 i and 2 i + 1"""
 
@@ -144,17 +147,14 @@ def _free_plane(text: str) -> int:
 
 @dataclass
 class Locator:
-    """Finds the marks of one conversation.
-
-    Attributes:
-        render: the conversation, or its beginning, as text; True: with a generation prompt
-        messages: as `ChatTemplate.prepare` made them
-        text: `render(messages, False)`
-    """
+    """Finds the marks of one conversation."""
 
     render: Render
+    """(messages, whether with a generation prompt) -> the conversation, or its beginning, as text."""
     messages: Sequence[Message]
+    """As `ChatTemplate.prepare` made them."""
     text: str
+    """`render(messages, False)`."""
 
     def __post_init__(self) -> None:
         self.plane = _free_plane(json.dumps(self.messages, ensure_ascii=False) + self.text)

@@ -30,10 +30,12 @@ Hashes = NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of a text was seen: `found` of the `looked_up` windows, which are a sample of all of them."""
+    """How much of a text was seen before."""
 
     looked_up: int
+    """Windows that were looked up, a sample of all of them."""
     found: int
+    """How many of these were seen."""
 
     @property
     def share(self) -> float:

@@ -23,8 +23,11 @@ class FilePreview:
     """What was found in one file."""
 
     name: str
+    """Its path, "<stdin>" or "<python>"."""
     format: str
+    """What it was found to be, such as "JSON Lines" or "Parquet"."""
     domain: str | None
+    """The domain that was given for the whole file; None: none was."""
     shapes: dict[str, int]
     """Names that samples were read from, such as "prompt+response" -> lines."""
     bad: dict[str, int]
@@ -36,9 +39,13 @@ class DomainPreview:
     """How much there is of one domain."""
 
     samples: int = 0
+    """Samples of the domain."""
     windows: int = 0
+    """Their windows, each of at most ctx_size tokens."""
     tokens: int = 0
+    """Tokens of these windows."""
     counted_tokens: int = 0
+    """How many of them enter the statistics; the mask leaves out the others."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,11 @@ class LongestRun:
     """The longest run of one character; a long one is rarely what a model was trained on."""
 
     character: str
+    """The character."""
     length: int
+    """How often it follows itself, in characters."""
     where: str
+    """File and line of the sample."""
 
 
 @dataclass
@@ -55,14 +65,19 @@ class ShownSample:
     """The beginning of a sample, as the engine gets it."""
 
     where: str
+    """File and line."""
     shape: str
+    """The names that it was read from, such as "prompt+response"."""
     domain: str | None
+    """None: the line has none."""
     n_tokens: int = 0
     """Of the whole sample."""
     tokens: list[int] = field(default_factory=list)
+    """Token ids, at most 4,096."""
     pieces: list[str] = field(default_factory=list)
     """The text of each token; a token that holds a part of a character is joined to the next."""
     counted: list[bool] = field(default_factory=list)
+    """Of each token, whether it enters the statistics."""
 
     @property
     def text(self) -> str:
@@ -75,27 +90,41 @@ class Preview:
     """What a calibration is. `str()` of it is for people, `to_dict()` for programs."""
 
     model: str
+    """Name of the model whose tokenizer read it."""
     files: list[FilePreview] = field(default_factory=list)
+    """Each file, in the order they were read."""
     domains: dict[str | None, DomainPreview] = field(default_factory=dict)
     """None: lines without a domain."""
     samples: int = 0
+    """Samples that can be used."""
     windows: int = 0
+    """Their windows, each of at most ctx_size tokens."""
     tokens: int = 0
+    """Tokens of these windows."""
     counted_tokens: int = 0
+    """How many of them enter the statistics; the mask leaves out the others."""
     ctx_size: int = 0
+    """The most tokens of a window."""
     skipped: int = 0
+    """Lines that cannot be used."""
     skipped_reasons: dict[str, int] = field(default_factory=dict)
+    """Why -> how many lines."""
     skipped_lines: list[str] = field(default_factory=list)
     """ "file:line: why" of the first of them."""
     notes: list[str] = field(default_factory=list)
+    """Sentences about how the files were read."""
     tool_calls: int = 0
+    """Calls of tools in the conversations."""
     turns_with_thoughts: int = 0
+    """Turns of the assistant that have a reasoning text."""
     turns_without_thoughts: int = 0
     """Of these the ones whose thoughts the chat template leaves out."""
     duplicates: int = 0
     """Samples whose tokens are those of an earlier one."""
     longest_run: LongestRun | None = None
+    """None: no character follows itself often."""
     n_experts: int | None = None
+    """Of the model; None where that is not known or it is dense."""
     tokens_per_expert: float | None = None
     """Tokens that an expert will see on average in each layer; None for a dense model."""
     tokens_per_second: float | None = None
@@ -103,6 +132,7 @@ class Preview:
     seconds: float | None = None
     """How long a profile will take at this speed."""
     shown: list[ShownSample] = field(default_factory=list)
+    """The first samples, as many as were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; the domain of lines without one is ""."""

@@ -22,17 +22,14 @@ _OBJECT_OVER_LINES = re.compile(rb'\s*\{\s*"([^"\\]{0,60})"\s*:')
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One object of a file.
-
-    Attributes:
-        where: file and line or row, for errors
-        number: of the line or row, from 1
-        members: names and values
-    """
+    """One object of a file."""
 
     where: str
+    """File and line or row, for errors."""
     number: int
+    """Of the line or row, from 1."""
     members: dict[str, Any]
+    """Names and values."""
 
 
 class BadLine(CalibrationError):

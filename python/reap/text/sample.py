@@ -12,16 +12,23 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """One line of a calibration file, or one text file's part: exactly one of the four contents is there."""
+    """One line of a calibration file, or a part of a text file. Exactly one of text, pair, messages and tokens is
+    there."""
 
     where: str
     """ "calib.jsonl:12", for errors."""
     line: int
+    """Its number, from 1."""
     domain: str | None = None
+    """None: the line has none."""
     text: str | None = None
+    """A text by itself."""
     pair: tuple[str, str] | None = None
+    """(prompt, response)."""
     messages: list[Message] | None = None
+    """Turns of a conversation, as OpenAI's API has them."""
     tokens: list[int] | None = None
+    """Token ids."""
     tools: Any = None
     """Of messages, as the line has them; JSON in a string is parsed."""
     system: str | None = None

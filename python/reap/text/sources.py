@@ -27,11 +27,14 @@ _DOMAIN_PREFIX = re.compile(r"([^=/\\]{1,128})=(.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Part:
-    """One file (a path, or "-"), or objects; `domain` where one is given for all of it."""
+    """One file, or objects that were given as such."""
 
     path: str | None
+    """Of the file; "-": standard input; None: objects."""
     objects: Iterable[Any] | None = None
+    """As the lines of a JSON Lines file hold them; None: a file."""
     domain: str | None = None
+    """Where one is given for all of it."""
 
 
 def split_domain(text: str) -> tuple[str | None, str]:

@@ -31,11 +31,14 @@ _WEIGHTS = re.compile(
 
 @dataclass(frozen=True)
 class SideFile:
-    """A file that is carried over as it is. name: below the checkpoint's directory."""
+    """A file that is carried over as it is."""
 
     name: str
+    """Its path below the checkpoint's directory."""
     path: Path
+    """Where it lies."""
     n_bytes: int
+    """Its size."""
 
 
 class Checkpoint:

@@ -58,13 +58,16 @@ _EXPERT_NAME = re.compile(r"(?P<before>(?:.*\.)?experts\.)(?P<expert>0|[1-9]\d{0
 
 @dataclass(frozen=True)
 class ConfigCounts:
-    """What config.json says of the experts. expert_paths: where it states their number. n_groups: 1 without a grouped
-    router."""
+    """What config.json says of the experts."""
 
     expert_paths: tuple[Path, ...]
+    """Where it states their number."""
     n_used: int
+    """Experts of each token; 0 where it does not say."""
     n_groups: int
+    """Groups of the router; 1 where it has none."""
     n_groups_used: int
+    """Groups that a token may use."""
 
 
 def read_counts(checkpoint: Checkpoint, n_experts: int) -> ConfigCounts:

@@ -32,10 +32,12 @@ _HIDDEN_FOLDERS = frozenset({".git", ".cache", "__pycache__"})
 
 @dataclass(frozen=True)
 class Weights:
-    """index: the index as a Python value, None for one file. names: of the files, in the index's order."""
+    """Which files hold the weights."""
 
     index: dict[str, Any] | None
+    """The index as a Python value; None for one file."""
     names: list[str]
+    """Of the files, in the index's order."""
 
 
 def check_folder(directory: Path) -> None:

@@ -31,29 +31,40 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint is. Names as in ModelInfo; layers are numbered as in the GGUF file that it becomes.
-
-    path: the directory. architecture: model_type of config.json, for the reader. n_layers: prediction (MTP) layers with
-    experts included. n_embd, vocab_size: 0 where config.json does not say. n_bytes: of the weights' files. provenance:
-    reap.json of a pruned one.
-    """
+    """What a checkpoint is. Names as in ModelInfo; layers are numbered as in the GGUF file that it becomes."""
 
     path: Path
+    """The directory."""
     architecture: str
+    """model_type of config.json."""
     identity: Mapping[str, str]
+    """What makes it this model, part by part; equal for a checkpoint loaded into memory."""
     fingerprint: str
+    """One hash of `identity`."""
     n_layers: int
+    """Blocks, prediction (MTP) layers with experts included."""
     n_prediction_layers: int
+    """How many of them, the last ones, are prediction layers."""
     moe_layers: tuple[int, ...]
+    """The layers with experts, ascending."""
     n_experts: int
+    """Routed experts in every MoE layer."""
     n_experts_used: int
+    """Experts of each token."""
     n_groups: int
+    """Groups of the router; 1 where it has none."""
     n_groups_used: int
+    """Groups that a token may use."""
     n_embd: int
+    """Width of the hidden states; 0 where config.json does not say."""
     vocab_size: int
+    """Number of tokens in the vocabulary; 0 where config.json does not say."""
     n_bytes: int
+    """Size of the weights' files."""
     provenance: dict[str, Any] | None
+    """reap.json of a pruned checkpoint; None for one that was not pruned."""
     refusals: tuple[str, ...]
+    """Why it cannot be pruned, one sentence each; empty if it can."""
 
     @cached_property
     def routers(self) -> RouterSketch:
@@ -134,10 +145,13 @@ class Structure(NamedTuple):
     moe_layers: Sequence[int]
     """Without them, too."""
     n_experts: int
+    """Routed experts in every MoE layer."""
     n_experts_used: int
+    """Experts of each token; 0 where that is not known."""
     n_groups: int
     """1 without a grouped router."""
     n_groups_used: int
+    """Groups that a token may use."""
     n_embd: int
     """hidden_size of the text configuration, 0 where it has none."""
     vocab_size: int
@@ -248,11 +262,14 @@ def _router(checkpoint: Checkpoint, tensor: StoredTensor) -> Router:
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint at the start of a chain of prunings. kept: layer -> ids there of this checkpoint's experts."""
+    """The checkpoint at the start of a chain of prunings."""
 
     fingerprint: str
+    """Its fingerprint."""
     n_experts: int
+    """Experts in each of its MoE layers."""
     kept: dict[int, tuple[int, ...]]
+    """Layer -> ids there of the experts that this checkpoint still has, ascending."""
 
 
 def origin(info: CheckpointInfo) -> Origin:

@@ -62,36 +62,41 @@ _SHARED_WORD = re.compile(r"shared?_experts?")
 
 
 class Follows(NamedTuple):
-    """How a tensor follows the experts of its layer.
-
-    expert: it belongs to this one alone, and prefix + number + suffix is its name; None: its axis `axis` is the experts
-    (all axes before it have length one, so that an expert is one run of bytes). is_router: it belongs to the router.
-    """
+    """How a tensor follows the experts of its layer."""
 
     layer: int
+    """GGUF block index."""
     expert: int | None
+    """The one expert that it belongs to; None: it has an axis of experts."""
     axis: int
+    """That axis, 0 without one; all axes before it have length one, so that an expert is one run of bytes."""
     prefix: str
+    """Of one expert's tensor: prefix + expert + suffix is its name."""
     suffix: str
+    """See `prefix`."""
     is_router: bool
+    """Whether it belongs to the router."""
 
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Where the experts of a checkpoint are.
-
-    n_layers: blocks of the language model, without prediction (MTP) layers. blocks: layer -> name of its MoE block,
-    ascending; a prediction layer has the number that it gets in a GGUF file, after all others. follows: name of each
-    tensor that depends on the experts -> how. counts: what config.json says. refusals: why it cannot be pruned.
-    """
+    """Where the experts of a checkpoint are."""
 
     n_layers: int
+    """Blocks of the language model, without prediction (MTP) layers."""
     n_experts: int
+    """Routed experts in every MoE layer."""
     blocks: Mapping[int, str]
+    """Layer -> name of its MoE block, ascending; a prediction layer has the number that it gets in a GGUF file, after
+    all others."""
     prediction_layers: tuple[int, ...]
+    """Those of the layers that are for prediction, ascending."""
     follows: Mapping[str, Follows]
+    """Name of each tensor that depends on the experts -> how."""
     counts: ConfigCounts
+    """What config.json says."""
     refusals: tuple[str, ...]
+    """Why it cannot be pruned, one sentence each; empty if it can."""
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -30,15 +30,14 @@ _COMPARED = ("n_experts", "n_experts_used", "n_groups", "n_groups_used", "n_embd
 
 @dataclass(frozen=True)
 class ModelMatch:
-    """What was compared of a checkpoint and a GGUF file.
-
-    layers: MoE layers that both have. routers: of these, those whose routers were compared; not all types can be read.
-    router_difference: the largest of |a - b| / max|a| over them (of a quantised router, of ‖a - b‖ / ‖a‖).
-    """
+    """What was compared of a checkpoint and a GGUF file."""
 
     layers: tuple[int, ...]
+    """MoE layers that both have, ascending."""
     routers: tuple[int, ...]
+    """Those of them whose routers were compared; not all types can be read."""
     router_difference: float
+    """The largest of |a − b| / max|a| over these routers; of a quantised router, of ‖a − b‖ / ‖a‖."""
 
 
 def compare_with_gguf(hf_dir: PathLike, gguf: PathLike) -> ModelMatch:

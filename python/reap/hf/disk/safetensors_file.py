@@ -60,13 +60,18 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One entry of a header. shape: outermost axis first. offset_bytes: from the start of the file."""
+    """One entry of a header."""
 
     name: str
+    """Of the tensor."""
     dtype: str
+    """As safetensors names it, such as `BF16`."""
     shape: tuple[int, ...]
+    """Outermost axis first."""
     offset_bytes: int
+    """Of its data, from the start of the file."""
     n_bytes: int
+    """Of its data."""
 
     @property
     def n_elements(self) -> int:

@@ -29,25 +29,21 @@ class LoadArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a checkpoint is loaded.
-
-    Attributes:
-        device: "cpu", "cuda", "cuda:1", "mps"; None: the best there is
-        dtype: of the weights: "auto" (as stored), "float32", "bfloat16", "float16"
-        device_map: accelerate's: "auto", or a map of modules to devices, "cpu" and "disk" among them; not together with
-            device
-        load_in_4bit: quantise the layers' matrices, the experts' among them, to NF4 as they are loaded, one layer at a
-            time (bitsandbytes)
-        stream: one decoder layer in memory at a time
-        trust_remote_code: run Python code that the checkpoint brings
-    """
+    """How a checkpoint is loaded."""
 
     device: str | None = None
+    """ "cpu", "cuda", "cuda:1", "mps"; None: the best there is."""
     dtype: str = "auto"
+    """Of the weights: "auto" (as stored), "float32", "bfloat16", "float16"."""
     device_map: Any = None
+    """accelerate's: "auto", or a map of modules to devices, "cpu" and "disk" among them; not together with device."""
     load_in_4bit: bool = False
+    """Quantise the layers' matrices, the experts' among them, to NF4 as they are loaded, one layer at a time
+    (bitsandbytes)."""
     stream: bool = False
+    """One decoder layer in memory at a time."""
     trust_remote_code: bool = False
+    """Run Python code that the checkpoint brings."""
 
     def check(self) -> None:
         """UsageError for options that cannot work, MissingExtraError for what they need and is not installed."""

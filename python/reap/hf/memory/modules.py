@@ -37,32 +37,32 @@ _BLOCK_VECTORS = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class MoELayer:
-    """One Mixture-of-Experts block of a model.
-
-    Attributes:
-        name: of the block within the model, as `model.get_submodule` takes it
-        index: the layer's number in the checkpoint, which is the GGUF block index
-        n_experts: routed experts
-        n_experts_used: experts of each token; 0 where neither the modules nor the configuration say
-        n_group: groups of the router, 1 without; topk_group: groups that a token may use
-        experts: the module that holds them: a list with one module each, or one with tensors whose first axis is the
-            expert
-        is_list: which of the two
-        router_name, experts_name: relative to the block
-    """
+    """One Mixture-of-Experts block of a model."""
 
     name: str
+    """Of the block within the model, as `model.get_submodule` takes it."""
     index: int
+    """The layer's number in the checkpoint, which is the GGUF block index."""
     n_experts: int
+    """Routed experts."""
     n_experts_used: int
+    """Experts of each token; 0 where neither the modules nor the configuration say."""
     n_group: int
+    """Groups of the router; 1 where it has none."""
     topk_group: int
+    """Groups that a token may use."""
     is_list: bool
+    """Whether `experts` is a list with one module each; else its tensors have the experts as their first axis."""
     router_name: str
+    """Of the router, relative to the block."""
     experts_name: str
+    """Of the experts' module, relative to the block."""
     block: nn.Module = field(repr=False)
+    """The block's module."""
     router: nn.Module = field(repr=False)
+    """The module that routes."""
     experts: nn.Module = field(repr=False)
+    """The module that holds the experts."""
 
 
 def find_moe_layers(model: nn.Module) -> dict[str, MoELayer]:

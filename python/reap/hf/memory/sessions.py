@@ -24,17 +24,14 @@ _SHORTEST = 0.5
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows padded on the right.
-
-    Attributes:
-        ids: int64 [n_windows, longest]
-        mask: bool, the same shape: no padding
-        groups: int64 [n_windows · longest]: what a token is counted in, -1 for nothing
-    """
+    """Windows padded on the right."""
 
     ids: Tensor
+    """int64 [n_windows, longest]."""
     mask: Tensor
+    """bool, the same shape: not padding."""
     groups: Tensor
+    """int64 [n_windows · longest]: the group that a token is counted in; -1: it is not counted."""
 
     @property
     def n_groups(self) -> int:
