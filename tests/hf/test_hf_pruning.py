@@ -246,7 +246,7 @@ def test_a_model_without_weights_is_refused() -> None:
             "the 2 groups that a token may use then hold 2, fewer than the 3",
         ),
         ({1: range(8), 2: range(8)}, UsageError, "4 groups, which have to keep equally many"),
-        ({1: ["a"], 2: range(8)}, UsageError, "'a' is no number"),
+        ({1: ["a"], 2: range(8)}, UsageError, "'a' is not the number of an expert"),
         (
             PrunePlan({"n_experts": 8}, "reap", 4, {1: (0,), 2: (0,)}),
             MismatchError,
