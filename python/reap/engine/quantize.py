@@ -24,10 +24,11 @@ from typing import IO, Any
 import reap
 from reap.engine import native
 from reap.engine.options import MOST_THREADS, usable_cores
-from reap.errors import EngineError, FormatError, MismatchError, OutputError, UsageError
+from reap.errors import EngineError, FormatError, MismatchError, OutputError, UnsupportedModelError, UsageError
 from reap.files.atomic import check_output, check_space, written_elsewhere
 from reap.gguf.experts import read_architecture
 from reap.gguf.imatrix import Imatrix, read_imatrix
+from reap.gguf.model_info import engine_refusal
 from reap.gguf.reader import GGUFModel
 from reap.gguf.tensor_types import TENSOR_TYPES
 from reap.progress import Progress, ProgressCallback
@@ -176,6 +177,8 @@ def _check_type(text: str, known: Iterable[str], what: str) -> str:
 
 def _check_model(model: GGUFModel, kind: str, *, allow_requantize: bool) -> None:
     read_architecture(model)
+    if refusal := engine_refusal(model):
+        raise UnsupportedModelError(refusal)
     quantised = [
         tensor
         for tensor in model.tensors.values()

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 from reap.engine.devices import check_servers
 from reap.engine.options import EngineOptions, engine_fields, usable_cores
-from reap.gguf.reader import first_file
+from reap.errors import UnsupportedModelError
+from reap.gguf.model_info import engine_refusal
+from reap.gguf.reader import GGUFModel, first_file
 
 
 def open_session(
@@ -32,8 +34,10 @@ def open_session(
     (None: of `path`). head_on_host: leave the output head out of the devices, for a session that never reaches it.
     prediction_layer: the multi-token-prediction block whose experts are profiled as well, run in a context of its own.
 
-    Raises EngineError with the end of the engine's log, UsageError for an option that cannot work, NativeModuleMissing.
+    Raises EngineError with the end of the engine's log, UsageError for an option that cannot work,
+    UnsupportedModelError for a model with types of tensors that only another engine runs, NativeModuleMissing.
     """
+    _check_types(path)
     core = native.load()
     settings = core.SessionOptions()
     settings.model_path = os.fspath(first_file(path))
@@ -52,7 +56,16 @@ def open_session(
 
 def open_vocabulary(path: str | os.PathLike[str]) -> SessionTokenizer:
     """A model's tokenizer without the model: in a moment, however large it is. Raises as `open_session`."""
+    _check_types(path)
     return SessionTokenizer(native.load().Vocabulary(os.fspath(path)))
+
+
+def _check_types(path: str | os.PathLike[str]) -> None:
+    """The engine's own word for a type that it does not know is "invalid ggml type"."""
+    with GGUFModel.open(path) as model:
+        refusal = engine_refusal(model)
+    if refusal is not None:
+        raise UnsupportedModelError(refusal)
 
 
 class SessionTokenizer:

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from reap.errors import FormatError
+from reap.gguf.foreign_types import foreign_type
 from reap.gguf.reader import GGUFModel, TensorInfo
 from reap.gguf.tensor_types import INTEGER_TYPES, TENSOR_TYPES, ValueType
 
@@ -259,8 +260,17 @@ def _refusal(name: str, tensor: TensorInfo, is_moe: bool, n_experts: int) -> str
         return f"cannot be cut: {rule.reason}"
     if rule.role is Role.CUT and not is_moe:
         return "belongs to experts, but its block does not have both a router and experts"
-    if rule.role is Role.CUT and rule.n_dims == 1 and TENSOR_TYPES[tensor.type].block_size != 1:
+    return _uncuttable(tensor, rule) if rule.role is Role.CUT else ""
+
+
+def _uncuttable(tensor: TensorInfo, rule: Rule) -> str:
+    """Why bytes of one expert cannot be told from its neighbours', or nothing."""
+    known = TENSOR_TYPES.get(tensor.type)
+    if rule.n_dims == 1 and (known is None or known.block_size != 1):
         return f"cannot be cut: a block of {tensor.type_name} holds several experts"
+    rows = 1 if known is not None else foreign_type(tensor.type).n_rows
+    if rows > 1 and (rule.n_dims < 3 or tensor.shape[1] % rows):
+        return f"cannot be cut: {tensor.type_name} interleaves {rows} rows, which belong to several experts"
     return ""
 
 

@@ -14,7 +14,9 @@ from reap.errors import FormatError, UnsupportedModelError
 from reap.files.paths import PathLike
 from reap.gguf.experts import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count, read_layout, read_text
 from reap.gguf.fingerprint import fingerprint_of, first_fingerprint, hash_tensors, identity_parts
+from reap.gguf.foreign_types import which_engine
 from reap.gguf.reader import GGUFModel, TensorInfo
+from reap.gguf.tensor_types import TENSOR_TYPES
 
 if TYPE_CHECKING:
     from reap.gguf.router_sketch import RouterSketch
@@ -87,6 +89,8 @@ class ModelInfo:
     """The reap.* keys of a pruned file; None for a file that was not pruned."""
     refusals: tuple[str, ...]
     """Why the model cannot be pruned, one sentence each; empty if it can."""
+    engine_refusal: str | None = None
+    """Why the engine that reap is built with cannot run it; None where it knows all types."""
 
     @property
     def is_moe(self) -> bool:
@@ -232,6 +236,21 @@ def describe(model: GGUFModel) -> ModelInfo:
         router_fingerprint=hash_tensors(model, layout.routers),
         provenance=_provenance(model),
         refusals=layout.refusals,
+        engine_refusal=engine_refusal(model),
+    )
+
+
+def engine_refusal(model: GGUFModel) -> str | None:
+    """Why the engine that reap is built with cannot run a model: the first of its tensors that has a type of another
+    engine; None where all types are known."""
+    foreign = [tensor for tensor in model.tensors.values() if tensor.type not in TENSOR_TYPES]
+    if not foreign:
+        return None
+    first, more = foreign[0], f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+    return (
+        f"{model.path}: the llama.cpp that reap is built with cannot run it: {first.name}{more} are stored as"
+        f" {first.type_name}, {which_engine(first.type)}; inspect, plan and prune work, and a profile of another"
+        " quantisation of the same model serves this file"
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from reap.errors import FormatError
 from reap.files.recognise import HEAD_BYTES, what_are
-from reap.gguf.tensor_types import SCALAR_CODES, TENSOR_TYPES, ValueType, describe_unknown_type
+from reap.gguf.foreign_types import MAX_TYPE_ID, Extent, foreign_type, sizes_in_bytes, type_name
+from reap.gguf.tensor_types import SCALAR_CODES, TENSOR_TYPES, ValueType
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -60,7 +61,12 @@ class TensorInfo:
     @property
     def type_name(self) -> str:
         """The ggml type's name, such as `Q4_K`."""
-        return TENSOR_TYPES[self.type].name
+        return type_name(self.type)
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes at its end that belong to all of it; 0 for every type of llama.cpp's."""
+        return 0 if self.type in TENSOR_TYPES else foreign_type(self.type).tail_bytes
 
     @property
     def n_elements(self) -> int:
@@ -244,9 +250,10 @@ class Parser:
             shape, type_id = self.shape(name), self.tensor_type(name)
             entries[name] = (shape, type_id, self.u64(f"the offset of tensor {name!r}"))
         data_offset = pad(self.position, alignment)
+        foreign = self.foreign_sizes(entries, data_offset, alignment)
         tensors: dict[str, TensorInfo] = {}
         for name, (shape, type_id, offset) in entries.items():
-            n_bytes = self.n_bytes(name, shape, type_id)
+            n_bytes = foreign[name] if name in foreign else self.n_bytes(name, shape, type_id)
             self.check_range(name, offset, n_bytes, data_offset, alignment)
             tensors[name] = TensorInfo(name, shape, type_id, data_offset + offset, n_bytes, self.shard)
         self.check_overlaps(tensors)
@@ -261,9 +268,33 @@ class Parser:
 
     def tensor_type(self, name: str) -> int:
         type_id = self.u32(f"the type of tensor {name!r}")
-        if type_id not in TENSOR_TYPES:
-            raise self.fail(f"tensor {name!r} has {describe_unknown_type(type_id)}")
+        if type_id > MAX_TYPE_ID:
+            raise self.fail(f"tensor {name!r} has the unknown type {type_id}")
         return type_id
+
+    def foreign_sizes(
+        self, entries: Mapping[str, tuple[tuple[int, ...], int, int]], data_offset: int, alignment: int
+    ) -> dict[str, int]:
+        """Name -> bytes of each tensor of a type that the pinned engine does not know, from where the next one
+        begins."""
+        if all(type_id in TENSOR_TYPES for _, type_id, _ in entries.values()):
+            return {}
+        starts = sorted({offset for _, _, offset in entries.values()})
+        ends = dict(zip(starts, [*starts[1:], max(0, self.size - data_offset)], strict=True))
+        extents = [
+            Extent(name, type_id, shape, max(0, ends[offset] - offset))
+            for name, (shape, type_id, offset) in entries.items()
+            if type_id not in TENSOR_TYPES
+        ]
+        sizes = sizes_in_bytes(extents, alignment)
+        for extent in extents:
+            if sizes[extent.name] < 0:
+                raise self.fail(
+                    f"tensor {extent.name!r} {list(extent.shape)} of {type_name(extent.type)} has {extent.gap:,} bytes"
+                    " before the next one, which do not divide into rows as those of its type do: it is damaged, not"
+                    " fully downloaded, or of a type that reap does not know"
+                )
+        return sizes
 
     def n_bytes(self, name: str, shape: tuple[int, ...], type_id: int) -> int:
         type_name, block_size, block_bytes = TENSOR_TYPES[type_id]

@@ -84,22 +84,3 @@ TENSOR_TYPES: Mapping[int, TensorType] = MappingProxyType(
         42: TensorType("Q2_0", 64, 18),
     }
 )
-
-_REMOVED = "llama.cpp has removed; convert or quantise the model again"
-_FORKS: tuple[tuple[range, str], ...] = (
-    (range(4, 6), f"an old type (Q4_2, Q4_3) that {_REMOVED}"),
-    (range(31, 34), f"a repacked type (Q4_0_4_4 and its like) that {_REMOVED}"),
-    (range(36, 37), "I2_S of bitnet.cpp, or a repacked type (IQ4_NL_4_4) that llama.cpp has removed"),
-    (range(37, 39), f"a repacked type (IQ4_NL_4_8 and its like) that {_REMOVED}"),
-    (range(66, 67), "a 1-bit type of Unsloth's own, which their build of llama.cpp reads"),
-    (range(97, 100), "a type of ik_llama.cpp's own, which llama.cpp does not read"),
-    (range(133, 512), "a type of ik_llama.cpp's own, which llama.cpp does not read"),
-)
-
-
-def describe_unknown_type(type_id: int) -> str:
-    """What an error says of a ggml type id that is not in `TENSOR_TYPES`: whose it is, where that is known."""
-    for ids, what in _FORKS:
-        if type_id in ids:
-            return f"the type {type_id}: {what}"
-    return f"the unknown type {type_id}; it may be newer than the llama.cpp that reap is built with"

@@ -280,8 +280,10 @@ def _new_tensor(model: GGUFModel, tensor: TensorInfo, kept: tuple[int, ...] | No
     if kept is None:
         return NewTensor(tensor.name, tensor.shape, tensor.type, (Span(file, tensor.offset_bytes, tensor.n_bytes),))
     # the expert axis is outermost, so a block never straddles two experts
-    stride = tensor.n_bytes // tensor.shape[-1]
-    pieces: Iterator[Piece] = (Span(file, tensor.offset_bytes + expert * stride, stride) for expert in kept)
+    stride = (tensor.n_bytes - tensor.tail_bytes) // tensor.shape[-1]
+    pieces: list[Piece] = [Span(file, tensor.offset_bytes + expert * stride, stride) for expert in kept]
+    if tensor.tail_bytes:
+        pieces.append(Span(file, tensor.offset_bytes + tensor.n_bytes - tensor.tail_bytes, tensor.tail_bytes))
     return NewTensor(tensor.name, (*tensor.shape[:-1], len(kept)), tensor.type, merge_spans(pieces))
 
 

@@ -65,7 +65,7 @@ def measure_size(path: PathLike, plan: PrunePlan | None = None) -> ModelSize:
         for tensor in model.tensors.values():
             name = EXPERTS if tensor.name in experts else ROUTERS if tensor.name in routers else _class_of(tensor.name)
             after = (
-                tensor.n_bytes * plan.keep // tensor.shape[-1]
+                (tensor.n_bytes - tensor.tail_bytes) * plan.keep // tensor.shape[-1] + tensor.tail_bytes
                 if plan is not None and tensor.name in cut
                 else tensor.n_bytes
             )

@@ -89,11 +89,14 @@ class Check:
         layer = self.layout.cut.get(tensor.name)
         if layer is None:
             return [(tensor.offset_bytes, new.offset_bytes, tensor.n_bytes)]
-        size = tensor.n_bytes // self.layout.n_experts
+        tail = tensor.tail_bytes
+        size = (tensor.n_bytes - tail) // self.layout.n_experts
         pairs = [
             (tensor.offset_bytes + size * expert, new.offset_bytes + size * row, size)
             for row, expert in enumerate(self.kept[layer])
         ]
+        if tail:
+            pairs.append((tensor.offset_bytes + tensor.n_bytes - tail, new.offset_bytes + new.n_bytes - tail, tail))
         return pairs if self.full else [pairs[0], pairs[-1]]
 
 
