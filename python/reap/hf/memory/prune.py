@@ -59,7 +59,7 @@ def prune_moe_layer(model: nn.Module, layer_name: str, retained: Iterable[int], 
     layer = layers[layer_name]
     kept = [_number(expert) for expert in retained]
     _check_layer(layer, kept)
-    _cut(layer, kept)
+    cut_layer(layer, kept)
     return kept
 
 
@@ -80,7 +80,7 @@ def prune_model(model: nn.Module, plan: Plan, *, allow_mismatch: bool = False) -
     if isinstance(plan, PrunePlan):
         _check_routers(model, layers, plan, allow_mismatch=allow_mismatch)
     for layer in layers.values():
-        _cut(layer, kept[layer.index])
+        cut_layer(layer, kept[layer.index])
     n_before = next(iter(layers.values())).n_experts
     n_after = len(next(iter(kept.values())))
     config = getattr(model, "config", None)
@@ -157,7 +157,9 @@ def _tables(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in own if any(part in name for part in _ID_TABLES)]
 
 
-def _cut(layer: MoELayer, kept: Sequence[int]) -> None:
+def cut_layer(layer: MoELayer, kept: Sequence[int]) -> None:
+    """Keep only the experts `kept` of a layer, in that order: their tensors, the router's, and the modules' counts.
+    Nothing is checked."""
     ids = torch.tensor(list(kept), dtype=torch.int64)
     # all reading before the first change: what cannot be read leaves the layer whole
     cut = [(module, name, _take(read_tensor(module, name), ids, axis)) for module, name, axis in expert_tensors(layer)]

@@ -120,33 +120,10 @@ class SaliencyTracker:
         device = next((norms.device for norms in expert_norms.values()), topk_weights.device)
         with torch.no_grad():
             ids = topk_indices.to(device, torch.int64)
-            norms = self._gather(ids, expert_norms, every_token)
+            norms = gather_norms(ids, expert_norms, self.num_experts, every_token=every_token)
             if self._sums is None:
                 self._sums = LayerSums(self.num_experts, device=device)
             self._sums.add(ids, topk_weights, norms)
-
-    def _gather(self, ids: Tensor, expert_norms: Mapping[int, Tensor], every_token: bool) -> Tensor:
-        """The norm of each routing: float64 [num_tokens, top_k]."""
-        # Slots outside, tokens inside: the order of the rows that an expert sees. One transfer tells all counts.
-        by_slot = ids.T.reshape(-1)
-        if by_slot.numel() and not bool(((by_slot >= 0) & (by_slot < self.num_experts)).all()):
-            raise UsageError(f"topk_indices name experts outside of 0 to {self.num_experts - 1}")
-        counts = torch.bincount(by_slot, minlength=self.num_experts).tolist()
-        norms = torch.zeros(
-            by_slot.shape, dtype=LayerSums(1, device=ids.device).tensors["norm_sum"].dtype, device=ids.device
-        )
-        for expert, count in enumerate(counts):
-            given = expert_norms.get(expert)
-            expected = len(ids) if every_token else count
-            if given is None:
-                if count:
-                    raise UsageError(f"expert {expert} has no norms, but {count} tokens are routed to it")
-                continue
-            if given.shape != (expected,):
-                raise UsageError(f"expert {expert} has norms of shape {list(given.shape)}, expected [{expected}]")
-            places = torch.where(by_slot == expert)[0]
-            norms[places] = (given[places % len(ids)] if every_token else given).to(norms.device, norms.dtype)
-        return norms.reshape(ids.shape[1], ids.shape[0]).T
 
     @property
     def counts(self) -> Tensor:
@@ -224,6 +201,42 @@ class SaliencyTracker:
         if self._sums is None:
             return torch.zeros(self.num_experts, dtype=dtype)
         return self._sums.tensors[name][0].cpu()
+
+
+def gather_norms(
+    ids: Tensor, expert_norms: Mapping[int, Tensor], num_experts: int, *, every_token: bool, may_lack: bool = False
+) -> Tensor:
+    """The norm of each routing: float64 [num_tokens, top_k].
+
+    Args:
+        ids: int64 [num_tokens, top_k]: the experts of each token
+        expert_norms: expert -> norms of the tokens routed to it, in the order of `SaliencyTracker.update`, or, with
+            `every_token`, of all tokens
+        may_lack: an expert without norms has norms of 0
+
+    Raises:
+        UsageError: shapes or numbers do not belong together.
+    """
+    # Slots outside, tokens inside: the order of the rows that an expert sees. One transfer tells all counts.
+    by_slot = ids.T.reshape(-1)
+    if by_slot.numel() and not bool(((by_slot >= 0) & (by_slot < num_experts)).all()):
+        raise UsageError(f"topk_indices name experts outside of 0 to {num_experts - 1}")
+    counts = torch.bincount(by_slot, minlength=num_experts).tolist()
+    norms = torch.zeros(
+        by_slot.shape, dtype=LayerSums(1, device=ids.device).tensors["norm_sum"].dtype, device=ids.device
+    )
+    for expert, count in enumerate(counts):
+        given = expert_norms.get(expert)
+        expected = len(ids) if every_token else count
+        if given is None:
+            if count and not may_lack:
+                raise UsageError(f"expert {expert} has no norms, but {count} tokens are routed to it")
+            continue
+        if given.shape != (expected,):
+            raise UsageError(f"expert {expert} has norms of shape {list(given.shape)}, expected [{expected}]")
+        places = torch.where(by_slot == expert)[0]
+        norms[places] = (given[places % len(ids)] if every_token else given).to(norms.device, norms.dtype)
+    return norms.reshape(ids.shape[1], ids.shape[0]).T
 
 
 def _device_of(group: Any) -> torch.device:
