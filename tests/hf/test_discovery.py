@@ -145,8 +145,10 @@ def test_one_file_comes_before_an_index_for_all(tmp_path: Path) -> None:
     (tmp_path / "in" / SINGLE).write_bytes((tmp_path / "single" / SINGLE).read_bytes())
     assert discovery.find_weights(tmp_path / "in").names == [SINGLE]
     assert sorted(discovery.other_weights(tmp_path / "in")) == sorted(shards)
-    report = prune(tmp_path / "in", tmp_path / "out", plan_of())
-    assert {path.name for path in report.files} & {SINGLE, INDEX} == {SINGLE}
+    with pytest.raises(UsageError, match=r"has 2 files with weights .*model-00001-of-00002.safetensors holds model"):
+        prune(tmp_path / "in", tmp_path / "out", plan_of())
+    report = prune(tmp_path / "in", tmp_path / "out", plan_of(), other_weights="leave")
+    assert {path.name for path in report.files} & {SINGLE, INDEX, *shards} == {SINGLE}
     with Checkpoint.open(tmp_path / "in") as checkpoint:
         assert [path.name for path in checkpoint.weights_paths] == [SINGLE]
 

@@ -71,6 +71,30 @@ class TorchOptions:
     trust_remote_code: TrustRemoteCode = False
 
 
+@dataclass(frozen=True)
+class FileOptions:
+    """Which files are the checkpoint."""
+
+    trust: Annotated[
+        str | None,
+        typer.Option(
+            "--trust",
+            metavar="shards|index",
+            help="Where index and files differ: go by what the files hold, or by what the index names.",
+            autocompletion=completion.values_of("shards", "index"),
+        ),
+    ] = None
+    other_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--other-weights",
+            metavar="carry|leave",
+            help="Weights beside the model's own that may speak of experts: copy them as they are, or leave them out.",
+            autocompletion=completion.values_of("carry", "leave"),
+        ),
+    ] = None
+
+
 @PANEL.command("reap hf profile Nemotron-3-Nano calibration.jsonl -o nemotron.reap.json --device cuda --load-in-4bit")
 def profile(
     checkpoint_dir: HfDir,
@@ -102,6 +126,7 @@ def prune(
     checkpoint_dir: HfDir,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write."), WRITES_FOLDER],
     choice: PlanChoice,
+    which: FileOptions,
     gguf: Annotated[
         Path | None,
         typer.Option("--gguf", metavar="MODEL", help="The GGUF file that was profiled: compare its routers first."),
@@ -129,6 +154,7 @@ def prune(
             drop_prediction=drop_mtp,
             allow_mismatch=allow_mismatch,
             progress=progress,
+            **asdict(which),
         )
     if json:
         return print_json(report.to_dict())

@@ -6,39 +6,24 @@ Nothing here loads a pickle, runs code of the checkpoint or needs torch, transfo
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-from reap.errors import FormatError
+from reap.errors import FormatError, UsageError
 from reap.files.strict_json import Node, parse_json, shorten
-from reap.hf.disk.discovery import CONFIG, INDEX, check_folder, find_weights, read_text, walk
+from reap.hf.disk.discovery import CONFIG, INDEX, check_folder, find_weights, read_text, unnamed_files
+from reap.hf.disk.index import Difference, compare_index
 from reap.hf.disk.safetensors_file import SafetensorsFile, StoredTensor
 
+#: What a checkpoint is where its index and its files differ: what the files hold, what the index says, or, for those
+#: that only read, what the files hold that it names, as transformers has it.
+Trust = Literal["shards", "index", "named"]
+TRUSTED = ("shards", "index")
 PROVENANCE = "reap.json"
 QUANTISATION = "hf_quant_config.json"  # where ModelOpt names what it quantised
-#: Files that hold weights of some form. None is carried over: they would be those of the whole model.
-_WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|gguf|ggml|onnx|onnx_data|h5|msgpack|npz|npy|ot|tflite|mlmodel|distcp)"
-    r"(\.index\.json)?",
-    re.IGNORECASE,
-)
-
-
-@dataclass(frozen=True)
-class SideFile:
-    """A file that is carried over as it is."""
-
-    name: str
-    """Its path below the checkpoint's directory."""
-    path: Path
-    """Where it lies."""
-    n_bytes: int
-    """Its size."""
 
 
 class Checkpoint:
@@ -46,41 +31,69 @@ class Checkpoint:
 
     directory: as it was given. config_text, config: config.json. shards: file name -> open file, in the index's order.
     shard_of: name of a tensor -> its shard's name, in the order of the shards' bytes. index: the index as a Python
-    value, None for one file.
+    value, None for one file. difference: what differs between the index and the files.
     """
 
     def __init__(
-        self, directory: Path, config_text: str, shards: Mapping[str, SafetensorsFile], index: dict[str, Any] | None
+        self,
+        directory: Path,
+        config_text: str,
+        shards: Mapping[str, SafetensorsFile],
+        index: dict[str, Any] | None,
+        trust: Trust | None = None,
+        unnamed_files: Sequence[str] = (),
     ) -> None:
         """Use `open`."""
         self.directory, self.config_text, self.shards, self.index = directory, config_text, shards, index
         self.config: dict[str, Any] = parse_json(config_text, str(directory / CONFIG), allow_constants=True)
-        self.shard_of = {name: shard for shard, file in shards.items() for name in file.tensors}
+        difference = Difference() if index is None else compare_index(index["weight_map"], shards, unnamed_files)
+        self.difference = difference
+        self._goes_by_index = index is not None and trust == "index"
+        if self._goes_by_index:
+            assert index is not None
+            self.shard_of = dict(index["weight_map"])
+        else:
+            self.shard_of = {name: shard for shard, file in shards.items() for name in file.tensors}
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, directory: str | os.PathLike[str], trust: Trust | None = None) -> Checkpoint:
         """Open a checkpoint of safetensors files.
 
-        Raises UsageError where there is none (a checkpoint of pickles is one too few) or where it holds a link that may
-        not be followed, FormatError where its files are damaged or contradict each other.
+        Args:
+            trust: where the index and the files differ, which of them says what the checkpoint is; None: neither.
+
+        Raises:
+            UsageError: there is none (a checkpoint of pickles is one too few), or it holds a link that may not be
+                followed.
+            FormatError: its files are damaged, or contradict each other in a way that `trust` does not settle.
         """
         where = Path(directory)
+        if trust not in (None, *TRUSTED, "named"):
+            raise UsageError(f"unknown trust {trust!r}; known: {', '.join(TRUSTED)}")
         check_folder(where)
         config_text = read_text(where / CONFIG)
         Node(parse_json(config_text, str(where / CONFIG), allow_constants=True), str(where / CONFIG)).members()
         weights = find_weights(where)
+        unnamed = unnamed_files(where, weights)
         with ExitStack() as stack:
-            shards = {name: stack.enter_context(SafetensorsFile.open(where / name)) for name in weights.names}
-            checkpoint = cls(where, config_text, shards, weights.index)
-            checkpoint._check_index()
+            names = [*weights.names, *unnamed] if trust == "shards" else weights.names
+            shards = {name: stack.enter_context(SafetensorsFile.open(where / name)) for name in names}
+            checkpoint = cls(where, config_text, shards, weights.index, trust, unnamed)
+            checkpoint._check_index(trust)
             stack.pop_all()
         return checkpoint
 
     @property
     def tensors(self) -> Iterator[StoredTensor]:
         """All of them, shard by shard, in the order of their bytes."""
-        for file in self.shards.values():
-            yield from file.tensors.values()
+        for shard in self.shards:
+            yield from self.tensors_of(shard)
+
+    def tensors_of(self, shard: str) -> Iterator[StoredTensor]:
+        """Those of one file, in the order of their bytes, without what the index does not name where it is gone by."""
+        for name, tensor in self.shards[shard].tensors.items():
+            if not self._goes_by_index or self.shard_of.get(name) == shard:
+                yield tensor
 
     def tensor(self, name: str) -> StoredTensor:
         """By name."""
@@ -92,6 +105,11 @@ class Checkpoint:
         return self.shards[self.shard_of[name]].read_range(found.offset_bytes, found.n_bytes)
 
     @property
+    def unnamed_files(self) -> tuple[str, ...]:
+        """The safetensors files beside an index that does not name them."""
+        return self.difference.files
+
+    @property
     def n_bytes(self) -> int:
         """Of its weights' files."""
         return sum(file.size for file in self.shards.values())
@@ -100,23 +118,6 @@ class Checkpoint:
     def weights_paths(self) -> list[Path]:
         """Of the files that hold its weights."""
         return [file.path for file in self.shards.values()]
-
-    def side_files(self) -> tuple[list[SideFile], list[str]]:
-        """(files to carry over, names of those that hold weights in another form): tokenizer, templates, code, licences
-        ... .
-
-        config.json, the index, reap.json and hf_quant_config.json are in neither, since they are written anew.
-        """
-        carried, left = [], []
-        for path in walk(self.directory):
-            name = path.relative_to(self.directory).as_posix()
-            if name in (CONFIG, INDEX, PROVENANCE, QUANTISATION) or name in self.shards:
-                continue
-            if _WEIGHTS.fullmatch(path.name):
-                left.append(name)
-            else:
-                carried.append(SideFile(name, path, path.stat().st_size))
-        return carried, left
 
     @property
     def quantisation_text(self) -> str | None:
@@ -141,25 +142,21 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _check_index(self) -> None:
-        """The index and the shards name the same tensors, each once."""
+    def _check_index(self, trust: Trust | None) -> None:
+        """No tensor is there twice, and the index and the files say the same, or one of them is gone by."""
         n_tensors = sum(len(file.tensors) for file in self.shards.values())
-        if n_tensors != len(self.shard_of):
+        if n_tensors != len(self.shard_of) and not self._goes_by_index:
             first, second, name = _find_double(self.shards)
-            raise FormatError(f"{self.directory}: {name} is in {first} and in {second}")
-        if self.index is None:
+            way = "" if self.index is None else "; --trust index takes the one that the index names"
+            raise FormatError(f"{self.directory}: {name} is in {first} and in {second}{way}")
+        if self.index is None or trust in ("shards", "named"):
             return
-        weight_map: dict[str, str] = self.index["weight_map"]
-        for name, shard in weight_map.items():
-            if self.shard_of.get(name) != shard:
-                found = self.shard_of.get(name, "none of the files")
-                raise FormatError(
-                    f"{self.directory / INDEX}: says that {shorten(name, 80)} is in {shard}, but it is in {found}"
-                )
-        if len(weight_map) != n_tensors:
-            name = next(name for name in self.shard_of if name not in weight_map)
+        where, found = self.directory / INDEX, self.difference.text
+        if trust == "index" and not self.difference.is_settled_by_the_index:
+            raise FormatError(f"{where}: cannot be gone by, it {found}; --trust shards goes by the files")
+        if trust is None and self.difference:
             raise FormatError(
-                f"{self.directory / INDEX}: does not name {shorten(name, 80)}, which is in {self.shard_of[name]}"
+                f"{where}: {found}; --trust shards goes by what the files hold, --trust index by what the index names"
             )
 
 
@@ -168,6 +165,6 @@ def _find_double(shards: Mapping[str, SafetensorsFile]) -> tuple[str, str, str]:
     for shard, file in shards.items():
         for name in file.tensors:
             if name in seen:
-                return seen[name], shard, shorten(name, 80)
+                return seen[name], shard, shorten(name, 80, quote=False)
             seen[name] = shard
     raise AssertionError("no name appears twice")

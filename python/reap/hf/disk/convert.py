@@ -159,7 +159,7 @@ def _look(source: Path) -> tuple[bool, dict[str, Any]]:
     from reap.hf.disk.layout import checkpoint_layers, is_of_prediction
 
     try:
-        checkpoint = Checkpoint.open(source)
+        checkpoint = Checkpoint.open(source, trust="named")
     except ReapError:  # pickles, for example; the converter will say what it thinks of them
         return True, {}
     with checkpoint:

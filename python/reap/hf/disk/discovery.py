@@ -115,6 +115,18 @@ def other_weights(directory: Path) -> list[str]:
     return [name for name in _read_index(directory).names if name != SINGLE]
 
 
+def unnamed_files(directory: Path, weights: Weights) -> list[str]:
+    """The safetensors files that lie beside an index which does not name them."""
+    if weights.index is None:
+        return []
+    named = {*weights.names, SINGLE}
+    return sorted(
+        path.name
+        for path in directory.iterdir()
+        if path.name not in named and _SHARD_NAME.fullmatch(path.name) and path.name[0] != "." and path.is_file()
+    )
+
+
 def _read_index(directory: Path) -> Weights:
     where = str(directory / INDEX)
     index = Node(parse_json(read_text(directory / INDEX, _INDEX_BOUNDS), where), where)

@@ -239,7 +239,7 @@ def read_vocabulary(directory: Path) -> str | None:
 
 def sketch_folder(directory: Path) -> RouterSketch:
     """The sketch of a checkpoint's routers, whose rows are those of the GGUF file that it becomes."""
-    with Checkpoint.open(directory) as checkpoint:
+    with Checkpoint.open(directory, trust="named") as checkpoint:
         layout = read_checkpoint_layout(checkpoint)
         names = {layer: layout.router_weight(layer) for layer in layout.moe_layers}
         return {

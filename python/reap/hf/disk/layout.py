@@ -57,7 +57,8 @@ _BESIDE = re.compile(
 _STACKED = re.compile(r"(input_linear|output_linear|gate_proj|up_proj|down_proj|gate_up_proj)([._].+)?")
 #: All experts' rows one after the other in one matrix (DBRX).
 _ROWS = re.compile(r"mlp\.(w1|v1|w2)(\.weight)?")
-_EXPERT_WORD = re.compile(r"(?:^|[._])(?:chunk_)?experts?(?:[._]|$)|tid2eid")
+_EXPERT_WORD = re.compile(r"(?:^|[._])(?:chunk_)?experts?(?:[._]|$)|tid2eid|switch_(?:mlp|glu)")
+_ROUTER_END = re.compile(r"(?:^|[._])(gate|router|wg|gating)([._](weight|bias|kernel))?$")
 _SHARED_WORD = re.compile(r"shared?_experts?")
 
 
@@ -327,6 +328,13 @@ def is_of_prediction(name: str, n_layers: int) -> bool:
         return True
     numbers = [] if _apart(name) else _LAYER.findall(name)[:1]
     return bool(numbers) and int(numbers[0]) >= n_layers
+
+
+def speaks_of_experts(tensor: StoredTensor, n_experts: int) -> bool:
+    """Whether a tensor of another file has to do with experts, by its name, or by that of a router and its rows."""
+    if _EXPERT_WORD.search(tensor.name) and not _SHARED_WORD.search(tensor.name):
+        return True
+    return bool(_ROUTER_END.search(tensor.name)) and tensor.shape[:1] == (n_experts,)
 
 
 def checkpoint_layers(checkpoint: Checkpoint) -> int:

@@ -46,7 +46,7 @@ def compare_with_gguf(hf_dir: PathLike, gguf: PathLike) -> ModelMatch:
     Raises MismatchError that says where they differ, and what opening either of them raises. Prediction layers that one
     of them lacks are passed over.
     """
-    with Checkpoint.open(hf_dir) as checkpoint, GGUFModel.open(gguf) as model:
+    with Checkpoint.open(hf_dir, trust="named") as checkpoint, GGUFModel.open(gguf) as model:
         layout, experts = read_checkpoint_layout(checkpoint), read_layout(model)
         info, model_info = describe_checkpoint(checkpoint, layout), describe(model)
         require_moe(model_info)

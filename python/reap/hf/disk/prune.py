@@ -3,54 +3,42 @@ decoded or loaded."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap.errors import FormatError, OutputError, UsageError
 from reap.files.atomic import check_space, paths_of, write
 from reap.files.atomic_directory import check_output_directory, new_directory
 from reap.files.paths import PathLike
-from reap.files.ranges import RawFile, Span, merge_spans
+from reap.files.ranges import RawFile, Span
 from reap.files.regular import RegularFile
-from reap.hf.disk.checkpoint_files import PROVENANCE, QUANTISATION, Checkpoint, SideFile
-from reap.hf.disk.config import patch_config, patch_names
+from reap.hf.disk.checkpoint_files import Checkpoint
 from reap.hf.disk.discovery import CONFIG, INDEX
-from reap.hf.disk.info import PROVENANCE_FORMAT, CheckpointInfo, describe_checkpoint, origin
-from reap.hf.disk.layout import CheckpointLayout, Follows, is_of_prediction, read_checkpoint_layout
-from reap.hf.disk.safetensors_file import SafetensorsFile, StoredTensor, encode_header
+from reap.hf.disk.info import CheckpointInfo, describe_checkpoint
+from reap.hf.disk.job import Job
+from reap.hf.disk.layout import CheckpointLayout, read_checkpoint_layout
+from reap.hf.disk.safetensors_file import StoredTensor
+from reap.hf.disk.side_files import FileArguments, FileOptions, SideFile, left_out, sort_side_files
+from reap.profiling.arguments import divide, shows
 from reap.progress import Progress, ProgressCallback
-from reap.pruning.compatibility import check_plan, plan_warnings, recorded_mismatch
-from reap.pruning.gguf import VERIFY_MODES, Kept, PruneReport, Verify
+from reap.pruning.compatibility import check_plan, plan_warnings
+from reap.pruning.gguf import VERIFY_MODES, PruneReport, Verify
 from reap.scores.plan import Keep, PrunePlan
 from reap.scores.plan import plan as make_plan
 from reap.scores.profile import Profile
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _SAMPLE_BYTES = 4096
 _MOST_SAMPLED = 100  # tensors of one file, except routers
 _COMPARE_BYTES = 8 << 20
-#: Numbers of prediction layers in config.json, which become 0 where those are left out.
-_PREDICTION_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
 
 
-@dataclass(frozen=True)
-class _NewTensor:
-    """One tensor of the new checkpoint: its header entry, and the ranges of the source that it is made of."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    spans: tuple[Span, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(span.n_bytes for span in self.spans)
-
-
+@shows((FileArguments, FileOptions))
 def prune(
     source: PathLike,
     output: PathLike,
@@ -65,6 +53,7 @@ def prune(
     drop_prediction: bool = False,
     allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
+    **options: Unpack[FileArguments],
 ) -> PruneReport:
     """Write the checkpoint in the directory `source` without the experts that `plan` removes. Needs neither torch nor
     transformers.
@@ -81,6 +70,7 @@ def prune(
         allow_mismatch: go on with a plan that was made of another model, where layers and experts are as many; the
             warnings and reap.json say what differs
         progress: called with bytes written, of bytes in all
+        options: which files are the checkpoint (`FileOptions`)
 
     Each tensor stays in the file that it was in; experts are numbered anew; config.json changes only in the number of
     experts; reap.json says what was kept. Everything else that is not a weight is carried over. In the report,
@@ -92,24 +82,27 @@ def prune(
     OutputError (could not write).
     """
     started = time.perf_counter()
+    (given,) = divide("prune", options, FileArguments)
+    which = FileOptions(**given)
+    which.check()
     if verify not in VERIFY_MODES:
         raise UsageError(f"unknown verify {verify!r}; known: {', '.join(VERIFY_MODES)}")
     target = Path(output)
     check_output_directory(target, map(Path, paths_of(source, plan, profile)), marker=CONFIG, force=force)
     the_plan = _choose(plan, profile, keep, metric)
-    with Checkpoint.open(source) as checkpoint:
+    with Checkpoint.open(source, which.trust) as checkpoint:
         layout = read_checkpoint_layout(checkpoint)
         info = describe_checkpoint(checkpoint, layout)
         dropped = layout.prediction_layers if drop_prediction else ()
         the_plan = _check(info, the_plan, dropped, allow_mismatch=allow_mismatch)
-        job = _Job(checkpoint, layout, info, the_plan, drop_prediction)
-        files, side, left = job.files(), *checkpoint.side_files()
+        job = Job(checkpoint, layout, info, the_plan, drop_prediction)
+        files, side, left = job.files(), *sort_side_files(checkpoint, layout, which)
         sizes = {target / name: file.n_bytes for name, file in files.items()} | {
             target / file.name: file.n_bytes for file in side
         }
         if not dry_run:
             _write(job, target, files, side, sum(sizes.values()), force=force, verify=verify, progress=progress)
-        warnings = tuple(_warnings(job, left, target, sum(sizes.values()), dry_run))
+        warnings = tuple(_warnings(job, which.trust, left, target, sum(sizes.values()), dry_run))
         n_bytes_after = sum(files[name].n_bytes for name in job.shards)
         n_bytes_before = checkpoint.n_bytes
     return PruneReport(
@@ -153,135 +146,11 @@ def _check(info: CheckpointInfo, plan: PrunePlan, dropped: tuple[int, ...], *, a
     return plan
 
 
-class _Job:
-    """One pruning: what every file of the new checkpoint is made of. shards: file name -> its tensors, in order."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, layout: CheckpointLayout, info: CheckpointInfo, plan: PrunePlan, drop: bool
-    ) -> None:
-        self.checkpoint, self.layout, self.info, self.plan, self.drop = checkpoint, layout, info, plan, drop
-        layers = [layer for layer in layout.moe_layers if not (drop and layer in layout.prediction_layers)]
-        self.kept: Kept = {layer: plan.layers[layer] for layer in layers}
-        self.place = {layer: {expert: row for row, expert in enumerate(kept)} for layer, kept in self.kept.items()}
-        made = {shard: tuple(self._tensors(file)) for shard, file in checkpoint.shards.items()}
-        self.shards: Mapping[str, tuple[_NewTensor, ...]] = {
-            shard: tensors for shard, tensors in made.items() if tensors
-        }
-
-    def files(self) -> dict[str, RawFile]:
-        """Every file to write anew -> its contents: shards, config.json, the index, reap.json."""
-        files = {
-            shard: RawFile(
-                (self._header(shard, tensors), *merge_spans(span for tensor in tensors for span in tensor.spans))
-            )
-            for shard, tensors in self.shards.items()
-        }
-        texts = {CONFIG: self._config()}
-        if self.checkpoint.index is not None:
-            texts[INDEX] = json.dumps(self._index(self.checkpoint.index), indent=2, ensure_ascii=False) + "\n"
-        quantisation = self.checkpoint.quantisation_text
-        if quantisation is not None:
-            texts[QUANTISATION] = patch_names(quantisation, self._kept_by_block())
-        texts[PROVENANCE] = json.dumps(self._provenance(), ensure_ascii=False) + "\n"
-        return files | {name: RawFile((text.encode(),)) for name, text in texts.items()}
-
-    def pairs(self, tensor: StoredTensor) -> Iterator[tuple[str, int, int, int]]:
-        """(name of the new tensor, offset in it, offset in the old file, bytes) of every run of bytes that stays of an
-        old tensor."""
-        how = self.layout.follows.get(tensor.name)
-        if self._is_dropped(tensor.name):
-            return
-        if how is None:
-            yield tensor.name, 0, tensor.offset_bytes, tensor.n_bytes
-        elif how.expert is None:
-            size = tensor.n_bytes // self.layout.n_experts
-            for row, expert in enumerate(self.kept[how.layer]):
-                yield tensor.name, row * size, tensor.offset_bytes + expert * size, size
-        elif how.expert in self.place[how.layer]:
-            yield self._renamed(how, how.expert), 0, tensor.offset_bytes, tensor.n_bytes
-
-    def _is_dropped(self, name: str) -> bool:
-        return self.drop and is_of_prediction(name, self.layout.n_layers)
-
-    def _renamed(self, how: Follows, expert: int) -> str:
-        return f"{how.prefix}{self.place[how.layer][expert]}{how.suffix}"
-
-    def _tensors(self, file: SafetensorsFile) -> Iterator[_NewTensor]:
-        for tensor in file.tensors.values():
-            runs = list(self.pairs(tensor))
-            if runs:
-                spans = tuple(Span(file, offset, n_bytes) for _, _, offset, n_bytes in runs)
-                yield _NewTensor(runs[0][0], tensor.dtype, self._shape(tensor), spans)
-
-    def _shape(self, tensor: StoredTensor) -> tuple[int, ...]:
-        how = self.layout.follows.get(tensor.name)
-        if how is None or how.expert is not None:
-            return tensor.shape
-        shape = list(tensor.shape)
-        shape[how.axis] = shape[how.axis] // self.layout.n_experts * len(self.kept[how.layer])
-        return tuple(shape)
-
-    def _header(self, shard: str, tensors: tuple[_NewTensor, ...]) -> bytes:
-        entries = ((tensor.name, tensor.dtype, tensor.shape, tensor.n_bytes) for tensor in tensors)
-        return encode_header(self.checkpoint.shards[shard].metadata, entries)
-
-    def _config(self) -> str:
-        zeros = _PREDICTION_KEYS if self.drop else ()
-        return patch_config(
-            self.checkpoint.config_text, self.checkpoint.config, self.layout.counts, self._kept_by_block(), zeros
-        )
-
-    def _kept_by_block(self) -> dict[str, tuple[int, ...]]:
-        return {self.layout.blocks[layer]: kept for layer, kept in self.kept.items()}
-
-    def _index(self, index: dict[str, Any]) -> dict[str, Any]:
-        """The old index with the new names, in its order, and the new sizes."""
-        shards = {tensor.name: shard for shard, tensors in self.shards.items() for tensor in tensors}
-        weight_map = {}
-        for name in index["weight_map"]:
-            for new_name, *_ in self.pairs(self.checkpoint.tensor(name)):
-                weight_map[new_name] = shards[new_name]
-        metadata = dict(index.get("metadata") or {})
-        metadata["total_size"] = sum(tensor.n_bytes for tensors in self.shards.values() for tensor in tensors)
-        if isinstance(metadata.get("total_parameters"), int):
-            before = sum(prod(tensor.shape) for tensor in self.checkpoint.tensors if _is_parameter(tensor.name))
-            after = sum(
-                prod(tensor.shape)
-                for tensors in self.shards.values()
-                for tensor in tensors
-                if _is_parameter(tensor.name)
-            )
-            metadata["total_parameters"] -= before - after
-        return {**index, "metadata": metadata, "weight_map": weight_map}
-
-    def _provenance(self) -> dict[str, Any]:
-        """Which experts are left, in ids of the original checkpoint."""
-        from reap import __version__
-
-        start, mismatch = origin(self.info), recorded_mismatch(self.info, self.plan)
-        kept = {str(layer): [start.kept[layer][expert] for expert in experts] for layer, experts in self.kept.items()}
-        return {
-            "format": PROVENANCE_FORMAT,
-            "version": 1,
-            "reap": __version__,
-            "metric": self.plan.metric,
-            "source": {"fingerprint": start.fingerprint, "n_experts": start.n_experts},
-            "calibration": {"sha256": list(self.plan.calibration_sha256)},
-            **({"mismatch": mismatch} if mismatch else {}),
-            "kept": kept,
-        }
-
-
-def _is_parameter(name: str) -> bool:
-    """Whether transformers counts a tensor as a parameter: correction biases are buffers there."""
-    return not name.endswith(("correction_bias", "expert_bias"))
-
-
 # ---- writing
 
 
 def _write(
-    job: _Job,
+    job: Job,
     target: Path,
     files: Mapping[str, RawFile],
     side: list[SideFile],
@@ -315,7 +184,7 @@ def _write(
             _verify(job, directory, target, full=verify == "full")
 
 
-def _verify(job: _Job, directory: Path, target: Path, *, full: bool) -> None:
+def _verify(job: Job, directory: Path, target: Path, *, full: bool) -> None:
     """Read the new checkpoint back as if it were anybody's, and compare it with the old one."""
     try:
         with Checkpoint.open(directory) as written:
@@ -328,8 +197,8 @@ def _verify(job: _Job, directory: Path, target: Path, *, full: bool) -> None:
             }
             if {tensor.name: (tensor.dtype, tensor.shape) for tensor in written.tensors} != expected:
                 raise FormatError("its tensors differ from what was to be written")
-            for shard in job.checkpoint.shards.values():
-                tensors = list(shard.tensors.values())
+            for shard in job.checkpoint.shards:
+                tensors = list(job.checkpoint.tensors_of(shard))
                 for tensor in tensors if full else _some(tensors, job.layout):
                     _compare(job, tensor, written, full=full)
     except FormatError as error:
@@ -346,7 +215,7 @@ def _some(tensors: list[StoredTensor], layout: CheckpointLayout) -> Iterator[Sto
             yield tensor
 
 
-def _compare(job: _Job, tensor: StoredTensor, written: Checkpoint, *, full: bool) -> None:
+def _compare(job: Job, tensor: StoredTensor, written: Checkpoint, *, full: bool) -> None:
     source = job.checkpoint.shards[job.checkpoint.shard_of[tensor.name]]
     runs = list(job.pairs(tensor))
     for name, inside, offset, n_bytes in runs if full else runs[:1] + runs[-1:]:
@@ -369,7 +238,7 @@ def _chunks(n_bytes: int, *, full: bool) -> Iterator[tuple[int, int]]:
 # ---- what a reader of the report should know
 
 
-def _warnings(job: _Job, left: list[str], target: Path, total: int, dry_run: bool) -> Iterator[str]:
+def _warnings(job: Job, trust: str | None, left: list[str], target: Path, total: int, dry_run: bool) -> Iterator[str]:
     info, plan = job.info, job.plan
     yield from plan_warnings(info, plan)
     if plan.keep < info.n_experts and job.checkpoint.config.get("norm_topk_prob") is False:
@@ -379,11 +248,10 @@ def _warnings(job: _Job, left: list[str], target: Path, total: int, dry_run: boo
         )
     if job.drop and job.layout.prediction_layers:
         yield f"the prediction (MTP) layers {list(job.layout.prediction_layers)} were left out"
+    if job.checkpoint.difference:
+        yield f"{job.checkpoint.directory / INDEX}: {job.checkpoint.difference.text}; it was gone by the {trust}"
     if left:
-        yield (
-            f"{len(left)} files with weights in another form were not carried over:"
-            f" {', '.join(left[:5])}{' …' * (len(left) > 5)}"
-        )
+        yield left_out(left)
     if dry_run:
         try:
             check_space(target, total)
