@@ -22,6 +22,7 @@ from typer.core import TyperCommand
 from reap.cli.completion import device_names, values_of
 from reap.cli.given import check_given
 from reap.cli.habits import ENGINE_HABITS, engine_habits, put_model_first
+from reap.cli.next_step import remember
 from reap.cli.options import READS, RESUMES, WRITES, WRITES_FOLDER, PathRole, split_list
 from reap.cli.show import be_quiet
 from reap.engine.options import EngineArguments, EngineField, Listed, Whole, Word, engine_fields
@@ -108,6 +109,7 @@ class Command:
         def callback(**values: Any) -> None:
             be_quiet(values.pop("quiet"))
             self.check_paths(values)
+            remember(self.parameters, values)
             arguments = {
                 name: family.build({parameter.name: values[parameter.name] for parameter in family.parameters})
                 for name, family in self.families.items()

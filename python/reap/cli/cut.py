@@ -10,6 +10,7 @@ import typer
 
 import reap
 from reap.cli.commands import Panel
+from reap.cli.next_step import ENGINE, forwarded, print_advice, print_next
 from reap.cli.options import (
     BLEND,
     KEEP_FORM,
@@ -23,7 +24,6 @@ from reap.cli.options import (
     Json,
     Model,
     PlanChoice,
-    ProfilePath,
     Protect,
     ResumableOutput,
     Seed,
@@ -54,9 +54,9 @@ class Selection:
     """Which experts a plan keeps."""
 
     keep: Annotated[
-        str,
+        str | None,
         typer.Option("--keep", metavar=KEEP_FORM, help="Experts to keep: 0.5 and 50% are half, 64 is 64."),
-    ]
+    ] = None
     metric: Annotated[str | None, METRIC] = None
     protect: Protect = None
     super_experts: SuperExperts = False
@@ -65,12 +65,26 @@ class Selection:
 
     def arguments(self) -> dict[str, Any]:
         """As `plan` and `refine` take them, but the metric and the blend, whose defaults differ."""
+        if self.keep is None:
+            raise UsageError("Missing option --keep: how many experts to keep, such as 0.5 or 64 (or --sweep FILE)")
         return {
             "keep": parse_keep(self.keep),
             "protect": self.protect or (),
             "seed": self.seed,
             "protect_super_experts": self.super_experts,
         }
+
+    def check_with_sweep(self) -> None:
+        """UsageError for what a sweep has decided already."""
+        given = {
+            "--metric": self.metric,
+            "--protect": self.protect,
+            "--super-experts": self.super_experts,
+            "--blend": self.blend,
+            "--seed": self.seed,
+        }
+        if name := next((name for name, value in given.items() if value), None):
+            raise UsageError(f"{name}: the sweep has decided that; with --sweep only --keep may be given")
 
 
 @dataclass(frozen=True)
@@ -101,9 +115,20 @@ class Refinement:
 
 @PANEL.command("reap plan model.reap.json --keep 0.5 -o plan.json", ctx_size=EVALUATION_CTX_SIZE)
 def plan(
-    profile: ProfilePath,
     selection: Selection,
     search: Refinement,
+    profile: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="PROFILE.json", help="A profile, as `reap profile` writes it; with --sweep the sweep's own."
+        ),
+        READS,
+    ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option("--sweep", metavar="SWEEP.json", help="Take its winner; of several sizes the one of --keep."),
+        READS,
+    ] = None,
     output: ResumableOutput = None,
     model: Annotated[
         Path | None,
@@ -120,13 +145,18 @@ def plan(
     """Choose the experts that each layer keeps.
 
     With --refine the choice begins with the criterion that does best on --text (or with --metric) and is improved by
-    what the loss says; the engine's options are for that.
+    what the loss says; the engine's options are for that. With --sweep it is the choice that did best there.
     """
     search.check(model, resume)
     check_resumable(output, force=force, resume=resume)
-    measured = reap.Profile.load(profile)
-    run = {"output": output, "resume": resume, "allow_mismatch": allow_mismatch, **engine}
-    made = _made_plan(measured, selection, search, model, run)
+    if sweep is not None:
+        measured, made = _winner_of(sweep, profile, selection, search)
+    else:
+        if profile is None:
+            raise UsageError("Missing argument PROFILE.json: a profile to plan by (or --sweep SWEEP.json)")
+        measured = reap.Profile.load(profile)
+        run = {"output": output, "resume": resume, "allow_mismatch": allow_mismatch, **engine}
+        made = _made_plan(measured, selection, search, model, run)
     from reap.pruning.gguf import size_after
 
     sizes = None
@@ -140,6 +170,27 @@ def plan(
         )
         return print_json(made.to_dict() | figures)
     print_facts(_plan_facts(made, output, sizes) + plan_facts(measured, made))
+    if output is None:
+        print_advice("the same with -o plan.json, which keeps it")
+    elif search.refine is not None:
+        print_next("reap", "evaluate", model, "TEXT", "--plan", output, *forwarded(*ENGINE))
+    else:
+        print_next("reap", "prune", model or "MODEL", "--plan", output, "-o", "small.gguf")
+
+
+def _winner_of(
+    sweep: Path, profile: Path | None, selection: Selection, search: Refinement
+) -> tuple[Profile, PrunePlan]:
+    """The profile that a sweep was made with, and its winner's plan."""
+    selection.check_with_sweep()
+    if search.refine is not None:
+        raise UsageError("--refine begins with a criterion of its own choice, so --sweep has nothing to say to it")
+    table = reap.Sweep.load(sweep)
+    from reap.evaluation.sweep_winner import profile_of, winning_plan
+
+    measured = reap.Profile.load(profile) if profile is not None else profile_of(table, sweep.parent)
+    keep = None if selection.keep is None else parse_keep(selection.keep)
+    return measured, winning_plan(table, measured, keep=keep)
 
 
 def _made_plan(
@@ -209,7 +260,6 @@ def _refinement_facts(record: dict[str, Any] | None) -> list[tuple[str, object]]
     return [
         ("refined", f"from {record['start']}: {done}"),
         *(measured if record["result"] == "refined" else []),
-        ("next", "judge it on other text: reap sweep --plan, reap evaluate --plan"),
     ]
 
 
@@ -291,6 +341,10 @@ def prune(
     if json:
         return print_json(report.to_dict())
     print_facts(report_facts(report))
+    if dry_run:
+        print_advice("the same without --dry-run")
+    else:
+        print_next("reap", "evaluate", report.output, "TEXT", "--reference", model, "-o", "evaluation.json")
 
 
 def report_facts(report: PruneReport) -> list[tuple[str, object]]:

@@ -11,6 +11,7 @@ import typer
 import reap
 from reap.cli import completion
 from reap.cli.commands import Panel
+from reap.cli.next_step import command_line, print_advice, print_next
 from reap.cli.options import (
     BLEND,
     KEEP_FORM,
@@ -31,9 +32,11 @@ from reap.cli.options import (
     parse_metric,
     split_list,
 )
-from reap.cli.show import print_facts, print_json, print_table, progress_bar, say
-from reap.cli.sweep_text import next_commands, print_sweep
+from reap.cli.show import json_text, print_facts, print_json, print_table, progress_bar, say
+from reap.cli.sweep_text import print_next_plans, print_sweep
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
+from reap.errors import ReapError
+from reap.files.atomic import write_whole
 from reap.files.formatting import bytes_text, number_text, percent_text
 
 if TYPE_CHECKING:
@@ -74,6 +77,10 @@ def evaluate(
     ] = False,
     allow_mismatch: AllowMismatch = False,
     max_tokens: MaxTokens = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep what --json prints in this file as well."), WRITES
+    ] = None,
+    force: Force = False,
     json: Json = False,
     *,
     engine: EngineArguments,
@@ -91,9 +98,30 @@ def evaluate(
             progress=progress,
             **engine,
         )
+    if output is not None:
+        write_whole(output, json_text(result.to_dict()).encode(), force=force)
     if json:
         return print_json(result.to_dict())
     print_evaluation(result)
+    _next_after_evaluate(model, reference, plan, output)
+
+
+def _next_after_evaluate(model: Path, reference: Path | None, plan: Path | None, output: Path | None) -> None:
+    if plan is not None:
+        return print_next("reap", "prune", model, "--plan", plan, "-o", "small.gguf")
+    if not _is_pruned(model):
+        return print_next("reap", "profile", model, "CALIBRATION", "-o", Path(f"{model.stem}.reap.json"))
+    if output is None:
+        return print_advice("the same with -o evaluation.json, which keeps the figures for reap card")
+    source = [] if reference is None else ["--source", reference]
+    print_next("reap", "card", model, *source, "--evaluation", output, "-o", "MODEL_CARD.md")
+
+
+def _is_pruned(model: Path) -> bool:
+    try:
+        return reap.inspect(model).provenance is not None
+    except ReapError:  # it has gone since
+        return False
 
 
 def print_evaluation(result: Evaluation) -> None:
@@ -257,8 +285,7 @@ def sweep(
     if output is not None:
         say(f"\nThe table is in {output}.")
     say("")
-    for line in next_commands(table, profile, candidates.words()):
-        say(line)
+    print_next_plans(table, model, profile, output, candidates.words())
 
 
 @PANEL.command("reap report model.reap.json --plan plan.json --model model.gguf -o report.html")
@@ -279,6 +306,10 @@ def report(
     """Write one HTML file that shows what a profile says; it opens without a connection."""
     written = reap.report(profile, output, plan=plan, sweep=sweep, model=model, force=force)
     print_facts([("report", written), ("size", bytes_text(written.stat().st_size))])
+    if plan is None:
+        print_next("reap", "plan", profile, *(["--sweep", sweep] if sweep else []), "--keep", "0.5", "-o", "plan.json")
+    else:
+        print_advice(f"open {command_line(written)} in a browser")
 
 
 @PANEL.command("reap card small.gguf --source model.gguf --profile model.reap.json -o MODEL_CARD.md")
@@ -322,3 +353,4 @@ def card(
         force=force,
     )
     print_facts([("model card", written)])
+    print_advice("read the card, say what was not tried, and publish it with the model and its plan")

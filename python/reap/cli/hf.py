@@ -13,6 +13,7 @@ from reap.cli import completion
 from reap.cli.commands import Panel
 from reap.cli.cut import report_facts
 from reap.cli.measure import print_profile
+from reap.cli.next_step import print_advice, print_next
 from reap.cli.options import (
     READS,
     WRITES_FOLDER,
@@ -119,6 +120,8 @@ def profile(
     with kept.until_written(output):
         measured.save(output, force=force)
     print_profile(measured, output)
+    smaller = Path(f"{checkpoint_dir.resolve().name}-half")
+    print_next("reap", "hf", "prune", checkpoint_dir, "--profile", output, "--keep", "0.5", "-o", smaller)
 
 
 @PANEL.command("reap hf prune Qwen3-30B-A3B --profile model.reap.json --keep 0.5 -o Qwen3-half")
@@ -159,6 +162,10 @@ def prune(
     if json:
         return print_json(report.to_dict())
     print_facts(report_facts(report))
+    if dry_run:
+        print_advice("the same without --dry-run")
+    else:
+        print_next("reap", "convert", output, Path(f"{output.resolve().name}-f16.gguf"))
 
 
 for _command in PANEL.commands:

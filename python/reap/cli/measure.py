@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 import reap
 from reap.cli.commands import Panel
+from reap.cli.next_step import ENGINE, forwarded, print_advice, print_next
 from reap.cli.options import (
     KEEP_FORM,
     READS,
@@ -47,6 +49,17 @@ def inspect(model: Model, json: Json = False) -> None:
     if json:
         return print_json(info.to_dict())
     print_facts(_model_facts(info) + fit_facts(info))
+    if info.provenance is not None:
+        print_next("reap", "evaluate", model, "TEXT")
+    elif info.is_moe and not info.refusals:
+        print_next("reap", "profile", model, "CALIBRATION", "-o", _profile_of(model))
+    else:
+        print_advice("another model; this one has no experts that could be removed")
+
+
+def _profile_of(model: Path) -> Path:
+    """Where a profile of the model would be expected: in the folder where one works."""
+    return Path(f"{model.stem}.reap.json")
 
 
 def _model_facts(info: ModelInfo) -> list[tuple[str, object]]:
@@ -135,6 +148,8 @@ def preview(
     if json:
         return print_json(seen.to_dict())
     print_preview(seen, tokens)
+    texts = forwarded(*(it.name for it in fields(TextOptions)), "ctx_size", *ENGINE)
+    print_next("reap", "profile", model, *calibration, "-o", _profile_of(model), *texts)
 
 
 @PANEL.command("reap profile model.gguf calibration.jsonl -o model.reap.json -ngl 0 -c 2048", ctx_size=PROFILE_CTX_SIZE)
@@ -166,6 +181,7 @@ def profile(
     with kept.until_written(output):
         measured.save(output, force=force)
     print_profile(measured, output)
+    print_next("reap", "sweep", model, output, "TEXT", "-o", "sweep.json", *forwarded(*ENGINE))
 
 
 def print_profile(measured: Profile, output: Path) -> None:
@@ -211,6 +227,7 @@ def merge(
     merged = reap.merge(profiles, allow_mismatch=allow_mismatch)
     merged.save(output, force=force)
     print_profile(merged, output)
+    print_next("reap", "sweep", "MODEL", output, "TEXT", "-o", "sweep.json")
 
 
 @PANEL.command("reap compare a.reap.json b.reap.json --keep 0.5")
@@ -243,3 +260,4 @@ def compare(
     ]
     mean = ("mean", number_text(result.spearman), number_text(result.overlap), number_text(result.jaccard))
     print_table(["layer", "rank correlation", f"overlap of {result.keep} kept", "Jaccard"], [*rows, mean])
+    print_next("reap", "merge", a, b, "-o", "both.reap.json")

@@ -37,7 +37,12 @@ def console() -> Console:
 
 def print_json(document: object) -> None:
     """One JSON document; what is not finite is null."""
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    print(json_text(document))
+
+
+def json_text(document: object) -> str:
+    """The same as a text."""
+    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

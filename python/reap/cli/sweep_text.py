@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap.cli.next_step import command_line, print_advice, print_next
 from reap.cli.show import console, print_table, say
+from reap.errors import UsageError
 from reap.files.formatting import bytes_text, number_text
-from reap.scores.profile import METRICS
 
 if TYPE_CHECKING:
     from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict
+    from reap.evaluation.sweep_winner import Winner
 
 MARKS = "oxv+#*%@&$"
 CURVE_HEIGHT = 14
@@ -90,21 +92,36 @@ def _verdict_line(verdict: Verdict) -> str:
     )
 
 
-def next_commands(table: Sweep, profile: Path, words: Sequence[str]) -> Iterator[str]:
-    """For each size, the command that makes the plan that did best there; none where a given plan did.
+def print_next_plans(table: Sweep, model: Path, profile: Path, output: Path | None, words: Sequence[str]) -> None:
+    """The command that makes the winner's plan; where each size has one, a command for each.
 
-    words: options of `reap plan` that held for every candidate.
+    output: the sweep's file. words: options of `reap plan` that held for every candidate.
     """
-    for keep in sorted({row.keep for row in table.select() if row.metric != "baseline"}, reverse=True):
-        rows = [row for row in table.select(keep=keep) if row.metric in METRICS and math.isfinite(row.perplexity)]
-        best = table.best().get(keep)
-        name = best.metric if best is not None else rows[0].metric if rows else ""
-        chosen = min((row for row in rows if row.metric == name), key=lambda row: row.perplexity, default=None)
-        if chosen is None:
-            continue
-        seed = [] if chosen.seed is None else ["--seed", str(chosen.seed)]
-        command = ["reap", "plan", str(profile), "--keep", str(keep), "--metric", name, *seed, *words]
-        yield f"{keep} experts: {shlex.join([*command, '-o', f'plan-{keep}.json'])}"
+    try:
+        only: Winner | None = table.winner()
+    except UsageError:
+        only = None
+    if only is not None and output is not None and not _is_given(table, only):
+        print_next("reap", "plan", profile, "--sweep", output, "--model", model, "-o", "plan.json")
+        return
+    sizes = sorted({row.keep for row in table.select() if row.metric != "baseline"}, reverse=True)
+    for keep in sizes if only is None else [only.row.keep]:
+        with suppress(UsageError):  # there is no perplexity at that size
+            winner = table.winner(keep)
+            print_advice(f"for {keep} experts: {_plan_command(table, winner, profile, ['--model', model, *words])}")
+
+
+def _plan_command(table: Sweep, winner: Winner, profile: Path, words: Sequence[object]) -> str:
+    row = winner.row
+    if _is_given(table, winner):
+        return f"the plan {row.metric} that it was given is best; reap prune MODEL --plan with its file"
+    seed = [] if row.seed is None else ["--seed", row.seed]
+    chosen = ["--keep", row.keep, "--metric", row.metric, *seed, *words]
+    return command_line("reap", "plan", profile, *chosen, "-o", f"plan-{row.keep}.json")
+
+
+def _is_given(table: Sweep, winner: Winner) -> bool:
+    return winner.row.metric in table.choice.get("plans", ())
 
 
 def target_lines(table: Sweep) -> Iterator[str]:

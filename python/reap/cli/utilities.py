@@ -11,6 +11,7 @@ import typer
 import reap
 from reap.cli import completion, demonstration
 from reap.cli.commands import Panel
+from reap.cli.next_step import forwarded, print_advice, print_next
 from reap.cli.options import READS, WRITES, WRITES_FOLDER, Force, HfDir, Json, TrustRemoteCode, split_list
 from reap.cli.show import print_facts, print_json, print_table, progress_bar, say, warn
 from reap.errors import UsageError
@@ -71,6 +72,7 @@ def convert(
             {"source": str(checkpoint_dir), "output": str(written), "outtype": outtype, "n_bytes": n_bytes}
         )
     print_facts([("wrote", f"{written} ({n_bytes:,} bytes)")])
+    print_next("reap", "inspect", written)
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,10 @@ def quantize(
     if json:
         return print_json(report.to_dict())
     print_facts(_facts(report))
+    if dry_run:
+        print_advice("the same without --dry-run")
+    else:
+        print_next("reap", "evaluate", output, "TEXT", "--reference", model, *forwarded("threads"))
 
 
 def _parse_tensor_type(text: str) -> tuple[str, str]:
@@ -198,6 +204,9 @@ def devices(json: Json = False) -> None:
     print_table(["device", "kind", "what it is", "free", "memory"], rows)
     for line in unused:
         say(line)
+    device = next((device.name for device in found if device.kind != "cpu"), None)
+    where = [] if device is None else ["--device", device]
+    print_next("reap", "profile", "MODEL", "CALIBRATION", "-o", "model.reap.json", *where)
 
 
 @PANEL.command("reap rpc-server --port 50052")
@@ -223,9 +232,17 @@ def rpc_server(
             " trust alone"
         )
     say(f"serving at {host}:{port}; Ctrl-C ends it")
+    print_next(
+        "reap", "profile", "MODEL", "CALIBRATION", "-o", "model.reap.json", "--rpc", f"{_reachable(host)}:{port}"
+    )
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the engine's loop knows no Python
         signal.signal(number, signal.SIG_DFL)
     serve_rpc(host, port, threads)
+
+
+def _reachable(host: str) -> str:
+    """What another machine calls the host: not the address that stands for all of its own."""
+    return "HOST" if host in ("0.0.0.0", "::") else host
 
 
 @PANEL.command("reap demo --out reap-demo")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,7 @@ class Candidate:
     @property
     def digest(self) -> str:
         """SHA-256 of the experts that it keeps."""
-        return hashlib.sha256(repr(sorted(self.plan.layers.items())).encode()).hexdigest()
+        return self.plan.experts_sha256
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -278,7 +279,7 @@ class PlanEvaluator:
             **{field.name: getattr(whole, field.name) for field in fields(whole)},
             model=self.model,
             text=self.text.files,
-            plan=None if plan is None else {"metric": plan.metric, "keep": plan.keep, "n_experts": plan.n_experts},
+            plan=None if plan is None else _record_plan(plan),
             reference=None if reference is None else reference.model,
             windows=len(self.text.windows),
             ctx_size=self.text.ctx_size,
@@ -288,6 +289,11 @@ class PlanEvaluator:
             seconds=seconds,
             warnings=(*self.warnings, *(() if plan is None else plan_warnings(self.info, plan))),
         )
+
+
+def _record_plan(plan: PrunePlan) -> dict[str, Any]:
+    numbers = {"metric": plan.metric, "keep": plan.keep, "n_experts": plan.n_experts}
+    return {**numbers, "experts_sha256": plan.experts_sha256}
 
 
 class Steps:

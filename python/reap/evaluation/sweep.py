@@ -20,6 +20,7 @@ from reap.evaluation.resume_file import ResumeFile
 from reap.evaluation.sweep_rows import Table
 from reap.evaluation.sweep_run import ResultWriter, SweepRun, TextEvaluator
 from reap.evaluation.sweep_table import Sweep
+from reap.evaluation.sweep_winner import record_choice
 from reap.gguf.model_info import inspect
 from reap.profiling.interrupts import endings_as_interrupts
 from reap.progress import ProgressCallback
@@ -99,14 +100,15 @@ def sweep(
     measure_size = partial(size_after, model, allow_mismatch=given.allow_mismatch)
     choices = Choices(source, _metrics(metric), _seeds(seeds), allowed_keeps(info), choose, measure_size)
     candidates = choices.grid(_keeps(keep, source))
-    candidates += choices.given(PrunePlan.of(item) for item in plans)
+    judged = choices.given(PrunePlan.of(item) for item in plans)
+    candidates += judged
     within = {} if max_bytes is None else choices.largest_within(max_bytes)
     file = None if output is None else ResumeFile(output, RESUME_FORMAT, resume=given.resume)
     opened = PlanEvaluator(model, text, engine_options, max_tokens=max_tokens, allow_mismatch=given.allow_mismatch)
     evaluator = TextEvaluator(opened, progress)
     n_bisected = 0 if increase is None else len(choices.metrics) * len(choices.keeps).bit_length()
     evaluator.expect(1 + len(candidates) + sum(map(len, within.values())) + n_bisected)
-    run = SweepRun(choices, Table(evaluator))
+    run = SweepRun(choices, Table(evaluator), choice=record_choice(profile, given.plan, judged))
     writer = ResultWriter(run, evaluator, engine_options, output, file)
     tried = [*candidates, *(item for found in within.values() for item in found)]
     tried = tried or [choices.candidate(choices.metrics[0], choices.keeps[-1])]

@@ -6,7 +6,7 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,7 +63,7 @@ class Table:
     def add_baseline(self, n_experts: int, n_bytes: int) -> None:
         """The model as it is."""
         key = (BASELINE, None, n_experts)
-        self.tried[key] = self._try(key, "", n_bytes, self.evaluator.token_scores(None))
+        self.tried[key] = self._try(key, None, n_bytes, self.evaluator.token_scores(None))
 
     def add(self, candidate: Candidate) -> None:
         """Run a candidate, unless it was run already."""
@@ -87,11 +87,12 @@ class Table:
         found = [self._verdict(keep, domain) for keep in sizes for domain in (None, *self._domains())]
         return [verdict for verdict in found if verdict is not None]
 
-    def _try(self, key: CandidateKey, digest: str, n_bytes: int, scores: TokenScores) -> Tried:
+    def _try(self, key: CandidateKey, digest: str | None, n_bytes: int, scores: TokenScores) -> Tried:
         losses = -scores.log_probs
         baseline = next(iter(self.tried.values())).losses if self.tried else losses
         rows = [self._row(key, n_bytes, domain, scores, baseline) for domain in (None, *self._domains())]
-        return Tried(digest, tuple(rows), losses)
+        rows[0] = replace(rows[0], experts_sha256=digest)
+        return Tried(digest or "", tuple(rows), losses)
 
     def _row(
         self, key: CandidateKey, n_bytes: int, domain: str | None, scores: TokenScores, baseline: Floats

@@ -90,6 +90,8 @@ class SweepRun:
     """Called when a candidate is in the table."""
     targets: list[Target] = field(default_factory=list)
     """Answers to limits."""
+    choice: dict[str, Any] = field(default_factory=dict)
+    """What a sweep says of how its candidates were made."""
 
     def try_all(self, candidates: Iterable[Candidate]) -> None:
         """Add them to the table, one by one."""
@@ -207,6 +209,7 @@ class ResultWriter:
             calibration={
                 key: self._profile.calibration[key] for key in ("files", "sha256") if key in self._profile.calibration
             },
+            choice=self._run.choice,
             engine=self._engine,
             complete=complete,
             warnings=tuple(self.warnings),

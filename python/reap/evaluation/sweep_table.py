@@ -9,8 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reap.evaluation.sweep_winner import Winner, find_winner, winning_plan
 from reap.files.atomic import write_whole
 from reap.files.strict_json import EXPERT_LIMIT, Node, json_bytes, read_json
+from reap.scores.plan import PrunePlan
+from reap.scores.profile import Profile
+from reap.scores.ranking import Keep
 from reap.scores.records import MOST_TOKENS, check_calibration, check_format, check_model
 
 FORMAT = "reap.sweep"
@@ -52,6 +56,8 @@ class SweepRow:
     loss_increase_stderr: float
     """Standard error of that mean, from the differences token by token: much smaller than the errors of the two
     perplexities."""
+    experts_sha256: str | None = None
+    """`PrunePlan.experts_sha256` of the choice, on the row of the whole text; None where it is not known."""
 
     def __getitem__(self, name: str) -> Any:
         """row["bytes"] is row.bytes, as in the file."""
@@ -122,6 +128,9 @@ class Sweep:
     """False where the sweep was interrupted."""
     warnings: tuple[str, ...] = ()
     """Sentences worth reading."""
+    choice: dict[str, Any] = field(default_factory=dict)
+    """How the candidates were made: "profile", the file, where it was one; "protect", "protect_super_experts" and
+    "blend", for all of them; "plans", the names of plans that were given."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -157,6 +166,15 @@ class Sweep:
             if verdict.domain == domain
         }
 
+    def winner(self, keep: Keep | None = None) -> Winner:
+        """The best choice at `keep`, within the limit that was set, or at the only size: `find_winner`. Raises
+        UsageError where that leaves more than one."""
+        return find_winner(self, keep)
+
+    def plan(self, profile: Profile | str | os.PathLike[str] | None = None, *, keep: Keep | None = None) -> PrunePlan:
+        """The winner's plan: `winning_plan`. `profile`: that the sweep was made with; None: the file that it names."""
+        return winning_plan(self, profile, keep=keep)
+
     def to_dict(self) -> dict[str, Any]:
         """The document that `save` writes; what is not finite is null."""
         return {
@@ -166,6 +184,7 @@ class Sweep:
             "model": self.model,
             "text": self.text,
             "calibration": self.calibration,
+            "choice": self.choice,
             "engine": self.engine,
             "warnings": list(self.warnings),
             "rows": row_documents(self.rows),
@@ -186,10 +205,12 @@ class Sweep:
         root = read_json(path, what="sweep", max_bytes=_MAX_BYTES)
         check_format(root, FORMAT, VERSION)
         records = {
-            name: root[name].members() if name in root else {} for name in ("model", "text", "calibration", "engine")
+            name: root[name].members() if name in root else {}
+            for name in ("model", "text", "calibration", "choice", "engine")
         }
         check_model(Node(records["model"], f"{root.where}: model"))
         check_calibration(Node(records["calibration"], f"{root.where}: calibration"))
+        _check_choice(Node(records["choice"], f"{root.where}: choice"))
         rows = tuple(load_row(node) for node in _nodes(root["rows"]))
         if not any(row.metric == BASELINE and row.domain is None for row in rows):
             root["rows"].fail(f"should begin with the model as it is, but none has the metric {BASELINE!r}")
@@ -222,6 +243,18 @@ def _optional(root: Node, key: str) -> list[Node]:
     return _nodes(root[key]) if key in root else []
 
 
+def _check_choice(node: Node) -> None:
+    for name in ("protect", "plans"):
+        if name in node:
+            for item in _nodes(node[name]):
+                item.string()
+    for name in ("blend", "profile"):
+        if name in node:
+            node[name].string()
+    if "protect_super_experts" in node:
+        node["protect_super_experts"].flag()
+
+
 def load_row(node: Node) -> SweepRow:
     numbers = {name: _number(node, name) for name in ("perplexity", "stderr", "kl_mean", "top1")}
     for name, value in numbers.items():
@@ -234,17 +267,18 @@ def load_row(node: Node) -> SweepRow:
         seed=node["seed"].integer() if "seed" in node and node["seed"].value is not None else None,
         keep=node["keep"].integer(1, EXPERT_LIMIT),
         bytes=node["bytes"].integer(1, _MOST_BYTES),
-        domain=_domain(node),
+        domain=_optional_string(node, "domain"),
         tokens=node["tokens"].integer(0, MOST_TOKENS) if "tokens" in node else 0,
         **numbers,
         **{name: _number(node, name) for name in ("loss_increase", "loss_increase_stderr")},
+        experts_sha256=_optional_string(node, "experts_sha256"),
     )
 
 
 def _load_verdict(node: Node) -> Verdict:
     return Verdict(
         keep=node["keep"].integer(1, EXPERT_LIMIT),
-        domain=_domain(node),
+        domain=_optional_string(node, "domain"),
         metric=node["metric"].string(),
         runner_up=node["runner_up"].string(),
         margin=_number(node, "margin"),
@@ -267,8 +301,8 @@ def _load_target(node: Node) -> Target:
     )
 
 
-def _domain(node: Node) -> str | None:
-    return node["domain"].string() if "domain" in node and node["domain"].value is not None else None
+def _optional_string(node: Node, key: str) -> str | None:
+    return node[key].string() if key in node and node[key].value is not None else None
 
 
 def _number(node: Node, key: str) -> float:

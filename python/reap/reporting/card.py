@@ -23,6 +23,7 @@ from reap.gguf.reader import GGUFModel
 from reap.reporting.gpu_fit import describe_fit
 from reap.reporting.page import environment
 from reap.scores.identity import compare_records
+from reap.scores.plan import experts_digest
 from reap.scores.profile import Profile
 
 _MAX_BYTES = 64 << 20
@@ -71,7 +72,7 @@ def model_card(
     text = environment().get_template("card.md.j2").render(
         base_model=None if base_model is None else json.dumps(base_model),
         license=None if license is None else json.dumps(license),
-        title=escape(info.name or info.path.stem),
+        title=escape(_own_name(info, before)),
         summary=_summary(info, origin, before),
         source_size=None if before is None else bytes_text(before.n_bytes),
         size=bytes_text(info.n_bytes),
@@ -80,7 +81,7 @@ def model_card(
         n_kept=info.n_experts,
         facts=list(_facts(info)),
         how=list(_how(info, origin, measured)),
-        evaluations=[row for root in judged for row in _evaluation(root)],
+        evaluations=[row for root in judged for row in _evaluation(root, info, origin)],
         loops=[sentence for root in judged for sentence in _loops(root)],
         sweep=[] if sweep is None else _sweep_rows(sweep, info.n_experts, origin.n_experts),
         cautions=list(_cautions(info)),
@@ -92,6 +93,12 @@ def model_card(
 def escape(text: object) -> str:
     """A stranger's text as plain words of Markdown: on one line, and without a meaning to it or to HTML."""
     return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split())).replace(r"\<", "&lt;").replace(r"\&", "&amp;")
+
+
+def _own_name(info: ModelInfo, before: ModelInfo | None) -> str:
+    """What tells the pruned model from its source: the name that `prune --name` gave it, or that of its file."""
+    named = info.name if before is not None and info.name != before.name else None
+    return named or info.path.name.removesuffix(".gguf")
 
 
 def _is_of(profile: Profile, origin: _Origin, before: ModelInfo | None) -> bool:
@@ -112,6 +119,11 @@ class _Origin:
     kept: dict[int, list[int]]
     calibration: tuple[str, ...]
     version: str
+
+    @property
+    def experts_sha256(self) -> str:
+        """As `PrunePlan.experts_sha256` of a plan that keeps the same."""
+        return experts_digest(self.kept)
 
     @classmethod
     def of(cls, info: ModelInfo) -> _Origin:
@@ -191,8 +203,9 @@ def _layers(info: ModelInfo, origin: _Origin) -> Iterator[tuple[int, str, str]]:
         yield layer, ranges_text(removed), ranges_text(kept)
 
 
-def _evaluation(root: Node) -> Iterator[list[str]]:
-    """Rows of the table: the whole text, and each domain of it."""
+def _evaluation(root: Node, info: ModelInfo, origin: _Origin) -> Iterator[list[str]]:
+    """Rows of the table: the whole text, and each domain of it. What was judged virtually goes by the pruned model's
+    name where it is the same choice."""
     said: Any = root["text"].value
     texts = (
         [root["text"].entry(index).string() for index in range(len(said))]
@@ -201,7 +214,9 @@ def _evaluation(root: Node) -> Iterator[list[str]]:
     )
     model, text = escape(Path(root["model"].string()).name), ", ".join(escape(Path(name).name) for name in texts)
     plan = root.members().get("plan")
-    if isinstance(plan, dict):
+    if isinstance(plan, dict) and plan.get("experts_sha256") == origin.experts_sha256:
+        model = f"{escape(info.path.name)}, before it was written"
+    elif isinstance(plan, dict):
         model += f", as if pruned to {escape(plan.get('keep'))} by {escape(plan.get('metric'))}"
     parts = [
         (text, root),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reap.errors import MismatchError
+from reap.errors import MismatchError, ReapWarning
 from reap.evaluation.sweep_table import Sweep
 from reap.files.atomic import check_distinct, paths_of
 from reap.files.formatting import bytes_text
@@ -65,6 +66,7 @@ def report(
 
     Raises UsageError where a file cannot be read or replaced, FormatError where one is damaged, MismatchError where
     they are not of one model, OutputError where the page cannot be written.
+    A plan that is not the sweep's winner is a ReapWarning, and on the page.
     """
     check_distinct([output], paths_of(profile, plan, sweep, model))
     source = Profile.of(profile)
@@ -86,7 +88,11 @@ def report(
         _require_model_of(source, info)
     size = None if model is None or info is None else measure_size(model, None if info.refusals else made)
     name = None if isinstance(profile, Profile) else Path(profile).name
-    return write_page(page_of(Sources(source, made, given is None, table, info, size, name)), output, force=force)
+    sources = Sources(source, made, given is None, table, info, size, name)
+    written = write_page(page_of(sources), output, force=force)
+    if sources.remark is not None:
+        warnings.warn(sources.remark, ReapWarning, stacklevel=2)
+    return written
 
 
 def _require_model_of(profile: Profile, info: ModelInfo) -> None:
@@ -112,11 +118,12 @@ def page_of(sources: Sources) -> Page:
     subtitle = f"An example: what keeping {by} would mean" if sources.is_example else f"The plan keeps {by}"
     if not sources.removes:
         subtitle = f"{everywhere}; the router leaves nothing to remove"
-    warnings = [UNTRUSTED] if not sources.profile.trusted else []
-    warnings += _engine_warnings(sources.profile)
+    cautions = [UNTRUSTED] if not sources.profile.trusted else []
+    cautions += _engine_warnings(sources.profile)
+    cautions += [sources.remark] if sources.remark is not None else []
     if sources.is_example and sources.removes:
         subtitle += ". Give a plan with --plan to see yours"
-    return Page(name, subtitle + ".", list(facts(sources)), list(sections(sources)), warnings, data(sources))
+    return Page(name, subtitle + ".", list(facts(sources)), list(sections(sources)), cautions, data(sources))
 
 
 def _engine_warnings(profile: Profile) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from reap.evaluation.sweep_table import Sweep
+from reap.evaluation.sweep_winner import plan_remark
 from reap.gguf.model_info import ModelInfo
 from reap.pruning.sizing import ModelSize
 from reap.scores.plan import PrunePlan
@@ -39,6 +40,11 @@ class Sources:
     @cached_property
     def mask(self) -> Mask:
         return kept_mask(self.profile, self.plan.layers)
+
+    @property
+    def remark(self) -> str | None:
+        """Where a plan was given that is not the sweep's winner: a sentence that says so."""
+        return None if self.sweep is None or self.is_example else plan_remark(self.sweep, self.plan)
 
     @property
     def removes(self) -> bool:

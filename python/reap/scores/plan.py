@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -83,6 +85,11 @@ class PrunePlan:
         """Hex digests of the plan's calibration files."""
         return tuple(self.calibration.get("sha256") or ())
 
+    @property
+    def experts_sha256(self) -> str:
+        """SHA-256 of the ids that it keeps: equal where two plans choose the same experts, however they were made."""
+        return experts_digest(self.layers)
+
     def removed(self, layer: int) -> tuple[int, ...]:
         """Ids that block `layer` loses, ascending."""
         kept = set(self.layers[layer])
@@ -136,6 +143,12 @@ class PrunePlan:
         check_calibration(calibration)
         options = root["options"].members() if "options" in root else {}
         return cls(model.members(), root["metric"].string(), keep, layers, calibration.members(), options)
+
+
+def experts_digest(layers: Mapping[int, Sequence[int]]) -> str:
+    """SHA-256 of the ids that each layer keeps."""
+    kept = {str(layer): [int(expert) for expert in ids] for layer, ids in sorted(layers.items())}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def _load_kept(node: Node, n_experts: int, keep: int, n_groups: int) -> tuple[int, ...]:
