@@ -73,9 +73,21 @@ void Saliency::reserve_groups(size_t n_groups) {
     }
     if (n_groups > total_.size()) {
         total_.resize(n_groups, Sums(n_layers_, n_experts_));
-        pending_.resize(n_groups, Sums(n_layers_, n_experts_));
+        pending_.resize(n_groups);
         touched_.resize(n_groups * n_layers_, 0);
     }
+}
+
+Sums & Saliency::pending(size_t group) {
+    Sums & sums = pending_.at(group);
+    if (sums.total_tokens.empty()) {
+        if (spare_.empty()) {
+            spare_.emplace_back(n_layers_, n_experts_);
+        }
+        sums = std::move(spare_.back());
+        spare_.pop_back();
+    }
+    return sums;
 }
 
 void Saliency::add(size_t layer, const Routing & routing, const int32_t * groups) {
@@ -84,7 +96,7 @@ void Saliency::add(size_t layer, const Routing & routing, const int32_t * groups
             continue;
         }
         const size_t group = static_cast<size_t>(groups[t]);
-        Sums & sums = pending_.at(group);
+        Sums & sums = pending(group);
         touched_[group * n_layers_ + layer] = 1;
         sums.total_tokens[layer] += 1;
         for (size_t k = 0; k < routing.n_used; ++k) {
@@ -106,6 +118,7 @@ void Saliency::add(size_t layer, const Routing & routing, const int32_t * groups
             sums.norm_sum[i] += norm;
             sums.gated_norm_sum[i] += gated;
             sums.gated_norm_sq_sum[i] += gated * gated;
+            sums.norm_sq_sum[i] += norm * norm;
             sums.norm_max[i] = std::max(sums.norm_max[i], norm);
         }
     }
@@ -140,11 +153,16 @@ void Saliency::restore(size_t group, const Sums & sums) {
 
 void Saliency::discard() {
     for (size_t group = 0; group < total_.size(); ++group) {
+        if (pending_[group].total_tokens.empty()) {
+            continue;
+        }
         for (size_t layer = 0; layer < n_layers_; ++layer) {
             if (touched_[group * n_layers_ + layer]) {
                 clear_row(pending_[group], layer, n_experts_);
             }
         }
+        spare_.push_back(std::move(pending_[group]));
+        pending_[group] = Sums();
     }
     touched_.assign(touched_.size(), 0);
 }

@@ -1,7 +1,7 @@
 // Per-expert sums of the REAP family of criteria. Spans in, double sums out: no ggml, no llama, no Python.
 //
 // For the tokens routed to an expert, with g the gate that multiplies its output f:
-//   count, Σ g, Σ ‖f‖, Σ g·‖f‖, Σ (g·‖f‖)², max ‖f‖        (REAP is Σ g·‖f‖ / count; arXiv:2510.13999)
+//   count, Σ g, Σ ‖f‖, Σ g·‖f‖, Σ (g·‖f‖)², Σ ‖f‖², max ‖f‖        (REAP is Σ g·‖f‖ / count; arXiv:2510.13999)
 #pragma once
 
 #include <algorithm>
@@ -30,6 +30,7 @@ struct Sums {
     std::vector<double>  norm_sum;           // Σ ‖f‖
     std::vector<double>  gated_norm_sum;     // Σ g·‖f‖
     std::vector<double>  gated_norm_sq_sum;  // Σ (g·‖f‖)²
+    std::vector<double>  norm_sq_sum;        // Σ ‖f‖²
     std::vector<double>  norm_max;           // max ‖f‖
     std::vector<int64_t> total_tokens;       // [n_layers]: the tokens that each layer saw
 
@@ -54,6 +55,7 @@ inline constexpr auto SUMS_FIELDS = std::make_tuple(
     SumsField<double>{"norm_sum", &Sums::norm_sum, true, Join::Add},
     SumsField<double>{"gated_norm_sum", &Sums::gated_norm_sum, true, Join::Add},
     SumsField<double>{"gated_norm_sq_sum", &Sums::gated_norm_sq_sum, true, Join::Add},
+    SumsField<double>{"norm_sq_sum", &Sums::norm_sq_sum, true, Join::Add},
     SumsField<double>{"norm_max", &Sums::norm_max, true, Join::Max},
     SumsField<int64_t>{"total_tokens", &Sums::total_tokens, false, Join::Add});
 static_assert(sizeof(Sums) == std::tuple_size_v<decltype(SUMS_FIELDS)> * sizeof(std::vector<double>), "a field of Sums is not in the list");
@@ -72,7 +74,7 @@ Sums split_last_layer(Sums & sums, size_t n_experts);
 class Saliency {
   public:
     static constexpr int32_t NOT_COUNTED = -1;
-    static constexpr size_t  MAX_GROUPS = 4096;
+    static constexpr size_t  MAX_GROUPS = 1 << 16;
 
     Saliency(size_t n_layers, size_t n_experts);
 
@@ -95,7 +97,11 @@ class Saliency {
 
   private:
     size_t n_layers_, n_experts_;
-    std::vector<Sums> total_, pending_;
+    Sums & pending(size_t group);
+
+    std::vector<Sums> total_;
+    std::vector<Sums> pending_;  // empty, except of the groups that something waits for
+    std::vector<Sums> spare_;    // all zero, for the next groups that need one: a batch touches few of many groups
     std::vector<char> touched_;  // [n_groups][n_layers] of pending_
 };
 

@@ -52,7 +52,7 @@ static void test_saliency_sums() {
     const Sums & second = saliency.sums(1);
     CHECK(first.counts[4 + 0] == 1 && first.counts[4 + 3] == 1 && first.counts[4 + 1] == 0);
     CHECK(first.total_tokens[0] == 0 && first.total_tokens[1] == 1);
-    CHECK(first.gated_norm_sum[4 + 3] == 0.5 && first.gated_norm_sq_sum[4 + 3] == 0.25);
+    CHECK(first.gated_norm_sum[4 + 3] == 0.5 && first.gated_norm_sq_sum[4 + 3] == 0.25 && first.norm_sq_sum[4 + 3] == 4.0);
     CHECK(second.counts[4 + 2] == 1 && second.gate_sum[4 + 0] == 2.0 && second.norm_max[4 + 0] == 32.0);
     CHECK(second.gated_norm_sum[4 + 0] == 64.0);
 
@@ -60,6 +60,14 @@ static void test_saliency_sums() {
     saliency.discard();
     saliency.commit();
     CHECK(saliency.sums(0).total_tokens[0] == 0 && saliency.sums(0).counts[0] == 0);
+
+    // what waited once is all zero for the group that waits next, and a group that nothing was added to stays as it is
+    const int32_t others[] = {2, 2, Saliency::NOT_COUNTED};
+    saliency.reserve_groups(3);
+    saliency.add(0, {experts, gates, norms, 2, 3}, others);
+    saliency.commit();
+    CHECK(saliency.sums(2).total_tokens[0] == 2 && saliency.sums(2).total_tokens[1] == 0 && saliency.sums(2).counts[3] == 2);
+    CHECK(saliency.sums(0).counts[4 + 0] == 1 && saliency.sums(1).norm_max[4 + 0] == 32.0);
 }
 
 static void test_saliency_refuses() {
@@ -93,7 +101,7 @@ static void test_sums_in_layers() {
         CHECK((all.*field.values).size() == (field.per_expert ? 9u : 3u) && (all.*field.values).front() == 1 && (all.*field.values).back() == 2);
         ++n_fields;
     });
-    CHECK(n_fields == 7);
+    CHECK(n_fields == 8);
     const Sums taken = split_last_layer(all, 3);
     for_each_field([&](const auto & field) { CHECK(taken.*field.values == last.*field.values && (all.*field.values).back() == 1); });
     Saliency saliency(2, 3);

@@ -72,7 +72,7 @@ def test_counts_follow_the_table_and_sums_the_graph(tmp_path: Path) -> None:
         for layer, total in sums.items():
             total.add(read_routing(nodes, layer, len(tokens), gate_first=False))
     for layer in range(N_HASHED):
-        for name in ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max"):
+        for name in ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max"):
             np.testing.assert_allclose(
                 getattr(found, name)[found.row(layer)], sums[layer].arrays[name], rtol=1e-5, err_msg=name
             )

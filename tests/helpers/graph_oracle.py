@@ -150,7 +150,7 @@ class Sums:
     arrays: dict[str, Floats] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+        names = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
         self.arrays = {name: np.zeros(self.n_experts) for name in names}
 
     def add(self, routing: Routing) -> None:
@@ -163,6 +163,7 @@ class Sums:
             "norm_sum": norms,
             "gated_norm_sum": gated,
             "gated_norm_sq_sum": gated**2,
+            "norm_sq_sum": norms**2,
         }
         for name, values in added.items():
             np.add.at(self.arrays[name], routing.ids, values)

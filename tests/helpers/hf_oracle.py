@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 BLOCK_NAMES = ("mlp", "mixer", "feed_forward", "block_sparse_moe")
 
 
@@ -128,6 +128,7 @@ def _layer(config: Any, block: Any, seen: Sequence[tuple[Tensor, Tensor]], keep:
         "norm_sum": (norms * used).sum(0),
         "gated_norm_sum": (gates * norms).sum(0),
         "gated_norm_sq_sum": ((gates * norms) ** 2).sum(0),
+        "norm_sq_sum": (norms**2 * used).sum(0),
         "norm_max": (norms * used).amax(0),
     }
 

@@ -22,7 +22,7 @@ from reap.hf import convert_checkpoint
 
 DIRECTORY = Path(__file__).parent.parent / "golden"
 NAMES = ("qwen3moe", "nemotronh")
-SUMS = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+SUMS = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 LONGEST = 3  # the sample whose logits are kept
 POSITIONS = (0, 44, 89)
 

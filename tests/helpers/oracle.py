@@ -123,6 +123,7 @@ class LayerSums:
     norm_sum: Floats
     gated_norm_sum: Floats
     gated_norm_sq_sum: Floats
+    norm_sq_sum: Floats
     norm_max: Floats
     total_tokens: int = 0
     router_error: float = 0.0  # largest difference of a gate from transformers' own
@@ -131,7 +132,7 @@ class LayerSums:
 
     @classmethod
     def empty(cls, n_experts: int) -> LayerSums:
-        return cls(np.zeros(n_experts, dtype=np.int64), *(np.zeros(n_experts) for _ in range(5)))
+        return cls(np.zeros(n_experts, dtype=np.int64), *(np.zeros(n_experts) for _ in range(6)))
 
     @property
     def reap(self) -> Floats:
@@ -146,6 +147,7 @@ class LayerSums:
         self.norm_sum[expert] += norm
         self.gated_norm_sum[expert] += gate * norm
         self.gated_norm_sq_sum[expert] += (gate * norm) ** 2
+        self.norm_sq_sum[expert] += norm**2
         self.norm_max[expert] = max(self.norm_max[expert], norm)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from reap.scores.profile import Profile
 
-SUM_NAMES = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+SUM_NAMES = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 
 
 def random_sums(
@@ -27,6 +27,7 @@ def random_sums(
                 sums["norm_sum"][layer, expert] += norm
                 sums["gated_norm_sum"][layer, expert] += gate * norm
                 sums["gated_norm_sq_sum"][layer, expert] += (gate * norm) ** 2
+                sums["norm_sq_sum"][layer, expert] += norm**2
                 sums["norm_max"][layer, expert] = max(norm, sums["norm_max"][layer, expert])
     sums["total_tokens"] = np.full(n_layers, tokens)
     return sums
@@ -76,6 +77,7 @@ def from_scores(scores: list[list[float]], counts: list[list[int]] | None = None
     sums = dict(
         gate_sum=n * 1.0, norm_sum=n * norm, gated_norm_sum=n * norm, gated_norm_sq_sum=n * norm**2, norm_max=norm
     )
+    sums["norm_sq_sum"] = n * norm**2
     described = {"n_experts": norm.shape[1], "n_experts_used": 1} | model
     return Profile.from_sums(layers=range(norm.shape[0]), total_tokens=n.sum(axis=1), counts=n, **sums, model=described)
 
@@ -114,7 +116,8 @@ def large_profile(
         sums: dict[str, Any] = dict(
             counts=counts, gate_sum=counts * gate, norm_sum=counts * norm, gated_norm_sum=counts * mean
         )
-        sums |= dict(gated_norm_sq_sum=counts * mean**2 * 1.2, norm_max=np.where(counts > 0, norm, 0.0))
+        sums |= dict(gated_norm_sq_sum=counts * mean**2 * 1.2, norm_sq_sum=counts * norm**2 * 1.2)
+        sums |= dict(norm_max=np.where(counts > 0, norm, 0.0))
         parts[name] = sums | {"total_tokens": np.full(n_layers, seen)}
     model = {
         "name": f"made up, {n_layers} × {n_experts}",

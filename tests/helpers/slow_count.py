@@ -18,7 +18,7 @@ from reap.errors import EngineError
 N_LAYERS, N_EXPERTS = 2, 3
 BOS = 256
 BAD = ord("X")  # the engine fails on it
-SUM_NAMES = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+SUM_NAMES = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 
 
 class Bytes:
@@ -54,7 +54,7 @@ class Tally:
         for layer in range(N_LAYERS):
             expert, gate, norm = routing(layer, token, position)
             self.total_tokens[layer] += 1
-            for name, value in zip(SUM_NAMES, (1, gate, norm, gate * norm, (gate * norm) ** 2), strict=False):
+            for name, value in zip(SUM_NAMES, (1, gate, norm, gate * norm, (gate * norm) ** 2, norm**2), strict=False):
                 self.sums[name][layer][expert] += value
             largest = self.sums["norm_max"][layer]
             largest[expert] = max(norm, largest[expert])

@@ -37,7 +37,7 @@ FAMILIES = (
     "lfm2_moe",
     "minimax_m2",
 )
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,7 +24,7 @@ from reap.scores.merging import merge
 from reap.scores.profile import Profile
 
 EXACT: dict[str, Any] = {"type_k": "f32", "type_v": "f32", "flash_attn": "off", "threads": 2}
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 
 
 def samples(n: int = 12, longest: int = 90, seed: int = 3) -> list[dict[str, Any]]:

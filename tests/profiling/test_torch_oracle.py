@@ -36,7 +36,7 @@ FAMILIES = (
     "olmoe",
     "glm4_moe",
 )
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_max")
+SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 EXACT: dict[str, Any] = {
     "ctx_size": 128,
     "ubatch_size": 64,

@@ -207,6 +207,7 @@ def domain_profile(a: list[float], b: list[float]) -> Profile:
                 "norm_sum",
                 "gated_norm_sum",
                 "gated_norm_sq_sum",
+                "norm_sq_sum",
                 "norm_max",
             )
         }

@@ -23,7 +23,7 @@ from reap.scores.records import ARRAYS, SUMS
 def same(a: Profile, b: Profile) -> bool:
     names = (*SUM_NAMES, "layers", "total_tokens")
     return (
-        all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
+        all(np.array_equal(getattr(a, name), getattr(b, name), equal_nan=True) for name in names)
         and (a.model, a.calibration, a.engine, a.trusted, a.domains)
         == (b.model, b.calibration, b.engine, b.trusted, b.domains)
         and all(same(a.domain(name), b.domain(name)) for name in a.domains)
@@ -42,6 +42,7 @@ def test_metrics_by_hand() -> None:
         norm_sum=np.array([[8.0, 0]]),
         gated_norm_sum=np.array([[6.0, 0]]),
         gated_norm_sq_sum=np.array([[36.0, 0]]),
+        norm_sq_sum=np.array([[100.0, 0]]),
         norm_max=np.array([[3.0, 0]]),
         model={"n_experts": 2},
     )
@@ -53,6 +54,7 @@ def test_metrics_by_hand() -> None:
         "frequency": [0.4, 0.0],
         "gate_sum": [2.0, 0.0],
         "reap_l2": [3.0, np.nan],
+        "msan": [5.0, np.nan],
     }
     for metric, row in expected.items():
         score = profile.score(metric)
@@ -147,6 +149,7 @@ def test_file_has_the_documented_keys(tmp_path: Path) -> None:
         "norm_sum",
         "gated_norm_sum",
         "gated_norm_sq_sum",
+        "norm_sq_sum",
         "norm_max",
     ]
     assert layer["reap"][7] == 0  # never routed to: 0 in the file, NaN in memory
@@ -333,7 +336,7 @@ def test_reference_file_opens_untrusted(tmp_path: Path) -> None:
     np.testing.assert_array_equal(profile.score("reap")[0], [0.5, 0.5, 2.0, np.nan])
     np.testing.assert_array_equal(profile.norm_sum[0], [4.0, 6.0, 6.0, 0.0])
     np.testing.assert_array_equal(profile.score("frequency")[0], [0.4, 0.3, 0.2, 0.0])
-    with pytest.raises(UsageError, match="sums of squares"):
+    with pytest.raises(UsageError, match=r"needs gated_norm_sq_sum, .*file of llama-expert-profile"):
         profile.score("reap_l2")
 
 
@@ -357,6 +360,49 @@ def test_reference_files_do_not_mix_with_ours(tmp_path: Path) -> None:
     merged = merge([reference, reference])
     assert merged.counts[0].tolist() == [8, 6, 4, 0]
     assert not merged.trusted
+
+
+def of_an_earlier_release(path: Path, **options: Any) -> Path:
+    """A profile's file without what came later."""
+    document = make_profile(**options).to_dict()
+    for part in (document, *document["domains"].values()):
+        for layer in part["layers"].values():
+            del layer["norm_sq_sum"]
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_a_file_of_an_earlier_release_opens_and_refuses_what_it_lacks(tmp_path: Path) -> None:
+    old = Profile.load(of_an_earlier_release(tmp_path / "old.json", domains=("code", "prose")))
+    new = make_profile(domains=("code", "prose"))
+    assert new.metrics == METRICS
+    for profile, other in ((old, new), (old.domain("code"), new.domain("code"))):
+        assert profile.metrics == tuple(name for name in METRICS if name != "msan")
+        with pytest.raises(UsageError, match=r"'msan' needs norm_sq_sum.*one of an earlier release.*profile again"):
+            profile.score("msan")
+        for name in profile.metrics:
+            assert np.array_equal(profile.score(name), other.score(name), equal_nan=True)
+    assert same(Profile.load(old.save(tmp_path / "again.json")), old)
+    assert "norm_sq_sum" not in json.loads((tmp_path / "again.json").read_text())["layers"]["1"]
+
+
+def test_what_one_of_merged_profiles_lacks_the_merged_one_lacks(tmp_path: Path) -> None:
+    old, new = Profile.load(of_an_earlier_release(tmp_path / "old.json")), make_profile(1)
+    for pair in ([old, new], [new, old]):
+        merged = merge(pair)
+        assert "msan" not in merged.metrics
+        np.testing.assert_array_equal(merged.gated_norm_sum, old.gated_norm_sum + new.gated_norm_sum)
+        assert same(Profile.load(merged.save(tmp_path / "merged.json")), merged)
+    twice = merge([new, make_profile(1, calibration={"samples": 3})])
+    np.testing.assert_array_equal(twice.norm_sq_sum, 2 * new.norm_sq_sum)
+
+
+def test_a_sum_that_some_layers_lack_is_refused(tmp_path: Path) -> None:
+    document = make_profile().to_dict()
+    del document["layers"]["3"]["norm_sq_sum"]
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    with pytest.raises(FormatError, match="layer 3: expert 0 has a norm_sq_sum that is not finite"):
+        Profile.load(tmp_path / "p.json")
 
 
 def test_of_takes_a_profile_or_its_file(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ SweepPath = Annotated[
 ]
 METRIC = typer.Option(
     "--metric",
-    help="Score to rank experts by: reap, weighted_ean_sum, ean_sum, ean_mean, frequency, gate_sum, reap_l2, random.",
+    help="Score to rank experts by: reap, weighted_ean_sum, ean_sum, ean_mean, frequency, gate_sum, reap_l2, msan,"
+    " random.",
     autocompletion=completion.metrics(),
 )
 Metric = Annotated[str, METRIC]

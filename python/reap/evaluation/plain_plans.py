@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from reap.scores.plan import BLENDS, PrunePlan, plan
-from reap.scores.profile import METRICS, Profile
+from reap.scores.profile import Profile
 from reap.scores.ranking import Keep, order_experts
 
 
 def criteria(profile: Profile) -> tuple[str, ...]:
     """All metrics that the profile has, except chance."""
-    return tuple(name for name in METRICS if name != "random" and (profile.trusted or name != "reap_l2"))
+    return tuple(name for name in profile.metrics if name != "random")
 
 
 def plain_plans(profile: Profile, keep: Keep, metric: str | None, options: Mapping[str, Any]) -> dict[str, PrunePlan]:

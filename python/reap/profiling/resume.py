@@ -25,7 +25,7 @@ from reap.text.calibration import Calibration
 from reap.version import version
 
 FORMAT = "reap.resume"
-VERSION = 1
+VERSION = 2
 _OLDER_FORMAT = "reap.checkpoint"
 # saving may take at most about this share of the time
 _SAVING_SHARE = 0.05
@@ -116,6 +116,11 @@ class ResumeFile:
             raise FormatError(
                 f"{self.path}: is a resume file of an older release of reap, which counted samples in another way;"
                 " remove it to begin anew"
+            )
+        if found == FORMAT and 0 < node["version"].integer() < VERSION:
+            raise FormatError(
+                f"{self.path}: is a resume file of an older release of reap, which measured less; remove it to begin"
+                " anew"
             )
         if found != FORMAT or node["version"].integer() != VERSION:
             raise FormatError(f"{self.path}: is not a resume file of this version of reap")

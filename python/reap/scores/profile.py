@@ -15,12 +15,24 @@ from reap.errors import FormatError, ReapWarning, UsageError
 from reap.files.paths import PathLike
 from reap.scores import profile_file
 from reap.scores.profile_file import UNKNOWN_TO_REFERENCE
-from reap.scores.records import ARRAYS, MOST_TOKENS, SUMS, Arrays, Counts, Floats, as_arrays, mean, span
+from reap.scores.records import (
+    ARRAYS,
+    LATER_SUMS,
+    MOST_TOKENS,
+    NEEDED_SUMS,
+    SUMS,
+    Arrays,
+    Counts,
+    Floats,
+    as_arrays,
+    mean,
+    span,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-METRICS = ("reap", "weighted_ean_sum", "ean_sum", "ean_mean", "frequency", "gate_sum", "reap_l2", "random")
+METRICS = ("reap", "weighted_ean_sum", "ean_sum", "ean_mean", "frequency", "gate_sum", "reap_l2", "msan", "random")
 _LARGEST_SUM = 1e200
 
 
@@ -46,6 +58,8 @@ class Profile:
     """float64: sum of g·‖f‖₂."""
     gated_norm_sq_sum: Floats
     """float64: sum of (g·‖f‖₂)²."""
+    norm_sq_sum: Floats
+    """float64: sum of ‖f‖₂²; NaN where the file of an earlier release does not hold it."""
     norm_max: Floats
     """float64: largest ‖f‖₂."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +70,7 @@ class Profile:
     """What measured it."""
     trusted: bool = True
     """False for a file of the reference profiler: its scores are not to be relied on, and what it does not hold
-    (gated_norm_sq_sum, norm_max) is NaN."""
+    (gated_norm_sq_sum, norm_sq_sum, norm_max) is NaN."""
     parts: Mapping[str, Profile] = field(default_factory=dict, repr=False)
     """Domain -> the same of its tokens, sorted by name."""
 
@@ -77,7 +91,8 @@ class Profile:
             layers: int [n_layers], block index of each MoE layer, ascending.
             model, calibration, engine: what the class says of them.
             domains: name -> the same `arrays` of that domain's tokens.
-            arrays: total_tokens, counts and the five sums, as the class describes them; copied.
+            arrays: total_tokens, counts and the six sums, as the class describes them; copied. norm_sq_sum may be
+                left out, where it is not known.
 
         Raises:
             FormatError: shapes, signs or sums contradict each other.
@@ -115,6 +130,11 @@ class Profile:
         return tuple(self.parts)
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that the profile holds the sums for."""
+        return tuple(name for name in METRICS if not self._lacks(NEEDED_SUMS.get(name)))
+
+    @property
     def never_routed(self) -> NDArray[np.bool_]:
         """bool [n_layers, n_experts]: experts that no token was routed to; their means are undefined."""
         return np.asarray(self.counts == 0)
@@ -139,18 +159,23 @@ class Profile:
 
         With n = counts and S = gated_norm_sum: reap = S/n (Lasby et al. 2025, "REAP the Experts", eq. 9) ·
         weighted_ean_sum = S · ean_sum = norm_sum · ean_mean = norm_sum/n · frequency = n/total_tokens · gate_sum ·
-        reap_l2 = √(gated_norm_sq_sum/n) · random, drawn by (seed, layer). The means are NaN at n = 0, the sums 0.
+        reap_l2 = √(gated_norm_sq_sum/n) · msan = √(norm_sq_sum/n) · random, drawn by (seed, layer). The means are NaN
+        at n = 0, the sums 0.
         UsageError for another name, or for one whose sums the profile does not hold.
         """
         if metric not in METRICS:
             raise UsageError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
-        if metric == "reap_l2" and not self.trusted:
+        if self._lacks(needed := NEEDED_SUMS.get(metric)):
+            origin = "one of an earlier release of reap" if self.trusted else "a file of llama-expert-profile"
             raise UsageError(
-                "metric 'reap_l2' needs sums of squares, which a file of llama-expert-profile does not hold"
+                f"metric {metric!r} needs {needed}, which this profile ({origin}) does not hold; profile again"
             )
         if metric == "random":
             return np.stack([_random_scores(seed, int(layer), self.n_experts) for layer in self.layers])
         return _FORMULAS[metric](self)
+
+    def _lacks(self, sum_name: str | None) -> bool:
+        return sum_name is not None and bool(np.isnan(getattr(self, sum_name)).all())
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `save` writes: docs/files.md."""
@@ -190,7 +215,8 @@ class Profile:
 
 def _require_arrays(arrays: Mapping[str, Any]) -> None:
     """TypeError as for any other function, where an array is missing or unknown."""
-    missing, unknown = [name for name in ARRAYS if name not in arrays], sorted(set(arrays) - set(ARRAYS))
+    missing = [name for name in ARRAYS if name not in {*arrays, *LATER_SUMS}]
+    unknown = sorted(set(arrays) - set(ARRAYS))
     if missing or unknown:
         what = f"is missing {', '.join(missing)}" if missing else f"has no argument {unknown[0]!r}"
         raise TypeError(f"Profile.from_sums() {what}")
@@ -208,6 +234,7 @@ _FORMULAS: dict[str, Callable[[Profile], Floats]] = {
     "frequency": _frequency,
     "gate_sum": lambda p: p.gate_sum.copy(),
     "reap_l2": lambda p: np.sqrt(mean(p.gated_norm_sq_sum, p.counts)),
+    "msan": lambda p: np.sqrt(mean(p.norm_sq_sum, p.counts)),
 }
 
 
@@ -258,7 +285,8 @@ def _check_values(profile: Profile, where: str) -> None:
         )
     for name in SUMS:
         values = getattr(profile, name)
-        if not profile.trusted and name in UNKNOWN_TO_REFERENCE:
+        may_lack = name in LATER_SUMS or (not profile.trusted and name in UNKNOWN_TO_REFERENCE)
+        if may_lack and np.isnan(values).all():
             continue
         _refuse_where(~np.isfinite(values), profile, where, f"has a {name} that is not finite")
         _refuse_where(values < 0, profile, where, f"has a negative {name}")

@@ -17,6 +17,7 @@ from reap.files.atomic import write_whole
 from reap.files.paths import PathLike
 from reap.files.strict_json import EXPERT_LIMIT, LARGE_VARIABLE, Node, json_bytes, read_json, too_many
 from reap.scores.records import (
+    LATER_SUMS,
     LAYER_KEY,
     SUMS,
     Counts,
@@ -32,7 +33,7 @@ from reap.scores.records import (
 FORMAT = "reap.profile"
 VERSION = 1
 #: Sums that a file of the reference profiler does not hold.
-UNKNOWN_TO_REFERENCE = ("gated_norm_sq_sum", "norm_max")
+UNKNOWN_TO_REFERENCE = ("gated_norm_sq_sum", *LATER_SUMS, "norm_max")
 _REFERENCE_MEANS = {"gate_sum": "avg_gate_weight", "norm_sum": "ean_mean", "gated_norm_sum": "reap"}
 _DERIVED_TOLERANCE = 1e-6
 _RECORDS = ("model", "calibration", "engine")
@@ -97,7 +98,7 @@ def _layers_document(part: Measured) -> dict[str, Any]:
     total = np.broadcast_to(part.total_tokens[:, None], part.counts.shape)
     frequency = np.nan_to_num(mean(part.counts.astype(np.float64), total))
     means = {key: np.nan_to_num(mean(getattr(part, name), part.counts)) for name, key in _REFERENCE_MEANS.items()}
-    sums = [name for name in SUMS if part.trusted or name not in UNKNOWN_TO_REFERENCE]
+    sums = [name for name in SUMS if not np.isnan(getattr(part, name)).all()]
     made = {}
     for row, layer in enumerate(part.layers.tolist()):
         made[str(layer)] = {
@@ -150,7 +151,7 @@ def _load_layer(node: Node, n_experts: int, trusted: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"total_tokens": node["total_tokens"].integer()}
     row["counts"] = node["activation_counts"].integers(n_experts)
     for name in SUMS:
-        unknown = not trusted and name in UNKNOWN_TO_REFERENCE
+        unknown = (not trusted and name in UNKNOWN_TO_REFERENCE) or (name in LATER_SUMS and name not in node)
         row[name] = np.full(n_experts, np.nan) if unknown else node[name].numbers(n_experts)
     _check_derived(node, row)
     return row

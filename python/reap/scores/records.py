@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from reap.files.strict_json import EXPERT_LIMIT, LAYER_LIMIT, Node
 from reap.scores.identity import check_identity
 from reap.text.overlap import read_sketch
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -30,6 +33,8 @@ class Sums(TypedDict):
     """Σ g · ‖f‖₂."""
     gated_norm_sq_sum: Floats
     """Σ (g · ‖f‖₂)²."""
+    norm_sq_sum: NotRequired[Floats]
+    """Σ ‖f‖₂²; left out or NaN where it is not known."""
     norm_max: Floats
     """max ‖f‖₂."""
 
@@ -43,11 +48,15 @@ class Arrays(Sums):
 
 #: Their names; the last is the maximum of its kind, all others add.
 SUMS = tuple(Sums.__annotations__)
+#: Not in the files of earlier releases: NaN where it is unknown.
+LATER_SUMS = ("norm_sq_sum",)
 #: Numbers of things in a file's "calibration": those of merged profiles add.
 COUNTED = ("samples", "tokens", "counted_tokens", "windows", "skipped", "failed")
 #: Objects of name -> number there, which add by name.
 TALLIES = ("shapes", "skipped_reasons", "texts_left_out")
 ARRAYS = ("total_tokens", "counts", *SUMS)
+#: The sum that a metric cannot do without, where some files do not hold it.
+NEEDED_SUMS = {"reap_l2": "gated_norm_sq_sum", "msan": "norm_sq_sum"}
 LAYER_KEY = re.compile(r"0|[1-9][0-9]{0,5}", re.ASCII)
 MOST_TOKENS = 1 << 50  # so that sums of counts fit an int64, and a product with one a double
 
@@ -72,7 +81,8 @@ def as_arrays(layers: Sequence[int] | Counts, arrays: Mapping[str, Any]) -> dict
     for name in ("total_tokens", "counts"):
         typed[name] = np.array(arrays[name], dtype=np.int64)
     for name in SUMS:
-        typed[name] = np.array(arrays[name], dtype=np.float64)
+        unknown = name in LATER_SUMS and name not in arrays
+        typed[name] = np.full(typed["counts"].shape, np.nan) if unknown else np.array(arrays[name], dtype=np.float64)
     return typed
 
 

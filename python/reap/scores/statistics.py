@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from reap.errors import MismatchError, UsageError
 from reap.scores.identity import compare_records, require_same
 from reap.scores.plan import PrunePlan, plan
-from reap.scores.profile import METRICS, Profile
+from reap.scores.profile import Profile
 from reap.scores.ranking import check_keep, resolve_keep, select_experts
 from reap.scores.records import Floats, span
 
@@ -165,7 +165,7 @@ def mask_by(profile: Profile, metric: str, keep: int, seed: int = 0) -> Mask:
 
 def known_metrics(profile: Profile) -> tuple[str, ...]:
     """The metrics that the profile holds the sums for."""
-    return tuple(metric for metric in METRICS if profile.trusted or metric != "reap_l2")
+    return profile.metrics
 
 
 def low_by_every_metric(profile: Profile, part: float = 0.25) -> Mask:

@@ -18,7 +18,7 @@ from reap.scores.records import SUMS
 class LayerSums:
     """The sums of one layer, by group of tokens (domain): tensors that stay on `device` until they are read.
 
-    tensors  counts int64, the five sums float64, each [n_groups, n_experts]; total_tokens int64 [n_groups]
+    tensors  counts int64, the six sums float64, each [n_groups, n_experts]; total_tokens int64 [n_groups]
     """
 
     def __init__(self, n_experts: int, n_groups: int = 1, device: torch.device | str = "cpu") -> None:
@@ -48,6 +48,7 @@ class LayerSums:
             ("norm_sum", norms),
             ("gated_norm_sum", gated),
             ("gated_norm_sq_sum", gated**2),
+            ("norm_sq_sum", norms**2),
         ):
             self._at(name).index_add_(0, places, values.reshape(-1))
         self._at("norm_max").scatter_reduce_(0, places, norms.reshape(-1), "amax")
@@ -63,9 +64,8 @@ class LayerSums:
 
     def is_finite(self) -> bool:
         """Whether no sum is infinite or not a number. Waits for the device."""
-        return bool(
-            torch.isfinite(self.tensors["gated_norm_sq_sum"]).all() & torch.isfinite(self.tensors["norm_sum"]).all()
-        )
+        squares = self.tensors["gated_norm_sq_sum"], self.tensors["norm_sq_sum"]
+        return bool(torch.isfinite(squares[0]).all() & torch.isfinite(squares[1]).all())
 
     def _at(self, name: str) -> Tensor:
         return self.tensors[name].view(-1)
