@@ -31,7 +31,7 @@ class Checkpoint:
 
     directory: as it was given. config_text, config: config.json. shards: file name -> open file, in the index's order.
     shard_of: name of a tensor -> its shard's name, in the order of the shards' bytes. index: the index as a Python
-    value, None for one file. difference: what differs between the index and the files.
+    value, None for one file. difference: what differs between the index and the files. trust: what `open` was given.
     """
 
     def __init__(
@@ -48,12 +48,13 @@ class Checkpoint:
         self.config: dict[str, Any] = parse_json(config_text, str(directory / CONFIG), allow_constants=True)
         difference = Difference() if index is None else compare_index(index["weight_map"], shards, unnamed_files)
         self.difference = difference
-        self._goes_by_index = index is not None and trust == "index"
-        if self._goes_by_index:
-            assert index is not None
-            self.shard_of = dict(index["weight_map"])
-        else:
-            self.shard_of = {name: shard for shard, file in shards.items() for name in file.tensors}
+        self.trust = trust
+        self.shard_of = (
+            {} if trust == "index" else {name: shard for shard, file in shards.items() for name in file.tensors}
+        )
+        if index is not None and trust in ("index", "named"):  # of a tensor in two files it says which is meant
+            wrong = {name for name, *_ in (*difference.absent, *difference.elsewhere)}
+            self.shard_of |= {name: shard for name, shard in index["weight_map"].items() if name not in wrong}
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], trust: Trust | None = None) -> Checkpoint:
@@ -79,7 +80,7 @@ class Checkpoint:
             names = [*weights.names, *unnamed] if trust == "shards" else weights.names
             shards = {name: stack.enter_context(SafetensorsFile.open(where / name)) for name in names}
             checkpoint = cls(where, config_text, shards, weights.index, trust, unnamed)
-            checkpoint._check_index(trust)
+            checkpoint._check_index()
             stack.pop_all()
         return checkpoint
 
@@ -90,9 +91,9 @@ class Checkpoint:
             yield from self.tensors_of(shard)
 
     def tensors_of(self, shard: str) -> Iterator[StoredTensor]:
-        """Those of one file, in the order of their bytes, without what the index does not name where it is gone by."""
+        """Those of one file, in the order of their bytes."""
         for name, tensor in self.shards[shard].tensors.items():
-            if not self._goes_by_index or self.shard_of.get(name) == shard:
+            if self.shard_of.get(name) == shard:
                 yield tensor
 
     def tensor(self, name: str) -> StoredTensor:
@@ -142,19 +143,17 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _check_index(self, trust: Trust | None) -> None:
+    def _check_index(self) -> None:
         """No tensor is there twice, and the index and the files say the same, or one of them is gone by."""
         n_tensors = sum(len(file.tensors) for file in self.shards.values())
-        if n_tensors != len(self.shard_of) and not self._goes_by_index:
+        if self.trust in (None, "shards") and n_tensors != len(self.shard_of):
             first, second, name = _find_double(self.shards)
             way = "" if self.index is None else "; --trust index takes the one that the index names"
             raise FormatError(f"{self.directory}: {name} is in {first} and in {second}{way}")
-        if self.index is None or trust in ("shards", "named"):
-            return
         where, found = self.directory / INDEX, self.difference.text
-        if trust == "index" and not self.difference.is_settled_by_the_index:
+        if self.trust == "index" and not self.difference.is_settled_by_the_index:
             raise FormatError(f"{where}: cannot be gone by, it {found}; --trust shards goes by the files")
-        if trust is None and self.difference:
+        if self.trust is None and self.difference:
             raise FormatError(
                 f"{where}: {found}; --trust shards goes by what the files hold, --trust index by what the index names"
             )

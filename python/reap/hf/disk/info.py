@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from reap.errors import FormatError
 from reap.files.strict_json import EXPERT_LIMIT, read_json
 from reap.gguf.router_sketch import Router, RouterSketch, sketch_router, to_record
-from reap.hf.disk.checkpoint_files import PROVENANCE, Checkpoint
+from reap.hf.disk.checkpoint_files import PROVENANCE, Checkpoint, Trust
 from reap.hf.disk.config import first_count
 from reap.hf.disk.layout import CheckpointLayout, read_checkpoint_layout
 from reap.hf.disk.safetensors_file import StoredTensor
@@ -65,11 +65,13 @@ class CheckpointInfo:
     """reap.json of a pruned checkpoint; None for one that was not pruned."""
     refusals: tuple[str, ...]
     """Why it cannot be pruned, one sentence each; empty if it can."""
+    trust: Trust | None = "named"
+    """What `Checkpoint.open` was given."""
 
     @cached_property
     def routers(self) -> RouterSketch:
         """A sketch of the routers' numbers (`reap.gguf.router_sketch`), read from the files when it is asked for."""
-        return sketch_folder(self.path)
+        return sketch_folder(self.path, self.trust)
 
     @property
     def older_fingerprints(self) -> tuple[str, ...]:
@@ -134,6 +136,7 @@ def describe_checkpoint(checkpoint: Checkpoint, layout: CheckpointLayout) -> Che
         n_bytes=checkpoint.n_bytes,
         provenance=_read_provenance(checkpoint, layout),
         refusals=layout.refusals,
+        trust=checkpoint.trust,
     )
 
 
@@ -237,9 +240,9 @@ def read_vocabulary(directory: Path) -> str | None:
         return None  # it is not the weights; what reads it is transformers
 
 
-def sketch_folder(directory: Path) -> RouterSketch:
+def sketch_folder(directory: Path, trust: Trust | None = "named") -> RouterSketch:
     """The sketch of a checkpoint's routers, whose rows are those of the GGUF file that it becomes."""
-    with Checkpoint.open(directory, trust="named") as checkpoint:
+    with Checkpoint.open(directory, trust) as checkpoint:
         layout = read_checkpoint_layout(checkpoint)
         names = {layer: layout.router_weight(layer) for layer in layout.moe_layers}
         return {
