@@ -23,7 +23,8 @@ from reap.hf.disk.safetensors_file import SafetensorsFile, StoredTensor
 Trust = Literal["shards", "index", "named"]
 TRUSTED = ("shards", "index")
 PROVENANCE = "reap.json"
-QUANTISATION = "hf_quant_config.json"  # where ModelOpt names what it quantised
+#: Where ModelOpt, GPTQ and AWQ name what they quantised, beside or instead of config.json.
+QUANTISATIONS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
 class Checkpoint:
@@ -120,15 +121,14 @@ class Checkpoint:
         """Of the files that hold its weights."""
         return [file.path for file in self.shards.values()]
 
-    @property
-    def quantisation_text(self) -> str | None:
-        """hf_quant_config.json, where there is one. Raises FormatError where it is not JSON."""
-        path = self.directory / QUANTISATION
-        if not path.is_file():
-            return None
-        text = read_text(path)
-        parse_json(text, str(path))
-        return text
+    def quantisation_texts(self) -> dict[str, str]:
+        """Files that say what is quantised -> their text. Raises FormatError where one is not JSON."""
+        texts = {}
+        for name in QUANTISATIONS:
+            if (self.directory / name).is_file():
+                texts[name] = read_text(self.directory / name)
+                parse_json(texts[name], str(self.directory / name), allow_constants=True)
+        return texts
 
     def close(self) -> None:
         """Close the files."""

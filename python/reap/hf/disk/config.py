@@ -4,15 +4,17 @@ included."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap.errors import FormatError, UnsupportedModelError
 from reap.hf.disk.checkpoint_files import Checkpoint
-from reap.hf.disk.config_text import Path, replace_values
+from reap.hf.disk.config_text import Path, changed_values, replace_values
 from reap.hf.disk.discovery import CONFIG
+
+if TYPE_CHECKING:
+    from reap.hf.disk.expert_names import ExpertNames
 
 #: How many experts a layer has.
 EXPERT_KEYS = (
@@ -40,7 +42,7 @@ USED_KEYS = (
 _GROUP_KEYS = ("n_group", "num_expert_group", "num_expert_groups")
 _GROUP_USED_KEYS = ("topk_group", "num_limited_groups")
 #: Parts of a configuration that speak of something else.
-_ELSEWHERE = frozenset(
+ELSEWHERE = frozenset(
     {
         "vision_config",
         "audio_config",
@@ -53,7 +55,6 @@ _ELSEWHERE = frozenset(
     }
 )
 _MOST_NESTED = 8
-_EXPERT_NAME = re.compile(r"(?P<before>(?:.*\.)?experts\.)(?P<expert>0|[1-9]\d{0,6})(?P<after>(?:\..*)?)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,12 @@ def first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int:
 
 
 def _numbers(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[Path, int]]:
-    """(path, value) of every positive number under one of `keys`, one for each entry of a list."""
-    level: list[tuple[Path, Mapping[str, Any]]] = [((), config)]
+    """(path, value) of every positive number under one of `keys`, one for each entry of a list, outermost first; lists
+    of objects are gone through as well."""
+    level: list[tuple[Path, Any]] = [((), config)]
     for _ in range(_MOST_NESTED):
         for path, part in level:
-            for key in keys:
+            for key in keys if isinstance(part, dict) else ():
                 value = part.get(key)
                 entries = (
                     [((*path, key), value)]
@@ -121,8 +123,8 @@ def _numbers(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[P
         level = [
             ((*path, key), value)
             for path, part in level
-            for key, value in part.items()
-            if isinstance(value, dict) and key not in _ELSEWHERE
+            for key, value in (part.items() if isinstance(part, dict) else enumerate(part))
+            if isinstance(value, dict | list) and key not in ELSEWHERE
         ]
 
 
@@ -130,46 +132,21 @@ def patch_config(
     text: str,
     config: Mapping[str, Any],
     counts: ConfigCounts,
-    kept: Mapping[str, Sequence[int]],
+    n_kept: int,
+    names: ExpertNames,
     zeros: Sequence[str] = (),
 ) -> str:
-    """config.json with the new number of experts; every other byte stays, except for experts that `quantization_config`
-    names one by one.
+    """config.json with the new number of experts; every other byte stays, except for experts that it names one by one.
 
-    kept: name of each MoE block -> ids that stay. zeros: keys of numbers that become 0.
+    zeros: keys of numbers that become 0.
     """
-    n_kept = len(next(iter(kept.values())))
-    changes: dict[Path, Any] = dict.fromkeys(counts.expert_paths, n_kept)
+    changes = dict.fromkeys(counts.expert_paths, n_kept)
     changes |= {path: 0 for path, _ in _numbers(config, zeros)}
-    changes |= _renamed_lists(config.get("quantization_config"), ("quantization_config",), kept)
-    return replace_values(text, changes)
+    counted = json.loads(replace_values(text, changes))
+    return replace_values(text, changed_values(json.loads(text), names.renamed(counted)))
 
 
-def patch_names(text: str, kept: Mapping[str, Sequence[int]]) -> str:
-    """A JSON text with the experts that it names one by one, as keys or in lists, called what they are called from now
-    on."""
-    return replace_values(text, _renamed_lists(json.loads(text), (), kept))
-
-
-def _renamed_lists(value: Any, path: Path, kept: Mapping[str, Sequence[int]]) -> dict[Path, Any]:
-    """Path of each list, and of each object with such keys, that changes -> what it becomes."""
-    names = value if isinstance(value, list | dict) else ()
-    new_names = [_rename(name, kept) for name in names]
-    if new_names != list(names):
-        if isinstance(value, list):
-            return {path: [new for new in new_names if new is not None]}
-        return {path: {new: value[name] for name, new in zip(names, new_names, strict=True) if new is not None}}
-    items = value.items() if isinstance(value, dict) else enumerate(names)
-    return {place: new for key, item in items for place, new in _renamed_lists(item, (*path, key), kept).items()}
-
-
-def _rename(name: Any, kept: Mapping[str, Sequence[int]]) -> Any:
-    """What a list of modules calls an expert from now on; None for one that is gone. Anything else stays."""
-    match = _EXPERT_NAME.fullmatch(name) if isinstance(name, str) else None
-    if match is None:
-        return name
-    block, expert = match["before"].removesuffix("experts.").removesuffix("."), int(match["expert"])
-    if block not in kept:
-        return name
-    ids = list(kept[block])
-    return f"{match['before']}{ids.index(expert)}{match['after']}" if expert in ids else None
+def patch_names(text: str, names: ExpertNames) -> str:
+    """A JSON text with the experts that it names one by one called what they are called from now on."""
+    document = json.loads(text)
+    return replace_values(text, changed_values(document, names.renamed(document)))

@@ -21,6 +21,19 @@ def replace_values(text: str, changes: Mapping[Path, Any]) -> str:
     return text
 
 
+def changed_values(before: Any, after: Any, path: Path = ()) -> dict[Path, Any]:
+    """The innermost values that differ between two JSON values: path -> what is there after."""
+    if before == after and type(before) is type(after):
+        return {}
+    if isinstance(before, dict) and isinstance(after, dict) and list(before) == list(after):
+        inner = [changed_values(before[key], after[key], (*path, key)) for key in before]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        inner = [changed_values(*pair, (*path, place)) for place, pair in enumerate(zip(before, after, strict=True))]
+    else:
+        return {path: after}
+    return {place: value for changes in inner for place, value in changes.items()}
+
+
 def _spans(text: str) -> dict[Path, tuple[int, int]]:
     """Where the value of each path begins and ends. `text` is valid JSON."""
     spans: dict[Path, tuple[int, int]] = {}

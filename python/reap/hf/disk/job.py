@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from reap.errors import UnsupportedModelError
 from reap.files.ranges import RawFile, Span, merge_spans
-from reap.hf.disk.checkpoint_files import PROVENANCE, QUANTISATION, Checkpoint
+from reap.hf.disk.checkpoint_files import PROVENANCE, Checkpoint
 from reap.hf.disk.config import patch_config, patch_names
 from reap.hf.disk.discovery import CONFIG, INDEX
+from reap.hf.disk.expert_names import ExpertNames
 from reap.hf.disk.info import PROVENANCE_FORMAT, CheckpointInfo, origin
 from reap.hf.disk.layout import CheckpointLayout, Follows, is_of_prediction
+from reap.hf.disk.mentions import find_mentions
 from reap.hf.disk.safetensors_file import SafetensorsFile, StoredTensor, encode_header
 from reap.pruning.compatibility import recorded_mismatch
 from reap.pruning.gguf import Kept
@@ -47,6 +50,8 @@ class Job:
         layers = [layer for layer in layout.moe_layers if not (drop and layer in layout.prediction_layers)]
         self.kept: Kept = {layer: plan.layers[layer] for layer in layers}
         self.place = {layer: {expert: row for row, expert in enumerate(kept)} for layer, kept in self.kept.items()}
+        self.names = ExpertNames(layout, self.kept, list(checkpoint.shard_of))
+        self.texts: Mapping[str, str] = {}
         made = {shard: tuple(self._tensors(shard, file)) for shard, file in checkpoint.shards.items()}
         self.shards: Mapping[str, tuple[_NewTensor, ...]] = {
             shard: tensors for shard, tensors in made.items() if tensors
@@ -61,11 +66,13 @@ class Job:
             for shard, tensors in self.shards.items()
         }
         texts = {CONFIG: self._config()}
+        for name, text in self.checkpoint.quantisation_texts().items():
+            texts[name] = patch_names(text, self.names)
+        for name, text in texts.items():
+            self._check_names(name, text)
+        self.texts = dict(texts)
         if self.checkpoint.index is not None:
             texts[INDEX] = json.dumps(self._index(self.checkpoint.index), indent=2, ensure_ascii=False) + "\n"
-        quantisation = self.checkpoint.quantisation_text
-        if quantisation is not None:
-            texts[QUANTISATION] = patch_names(quantisation, self._kept_by_block())
         texts[PROVENANCE] = json.dumps(self._provenance(), ensure_ascii=False) + "\n"
         return files | {name: RawFile((text.encode(),)) for name, text in texts.items()}
 
@@ -111,12 +118,17 @@ class Job:
 
     def _config(self) -> str:
         zeros = _PREDICTION_KEYS if self.drop else ()
-        return patch_config(
-            self.checkpoint.config_text, self.checkpoint.config, self.layout.counts, self._kept_by_block(), zeros
-        )
+        checkpoint, counts = self.checkpoint, self.layout.counts
+        return patch_config(checkpoint.config_text, checkpoint.config, counts, self.plan.keep, self.names, zeros)
 
-    def _kept_by_block(self) -> dict[str, tuple[int, ...]]:
-        return {self.layout.blocks[layer]: kept for layer, kept in self.kept.items()}
+    def _check_names(self, name: str, text: str) -> None:
+        """Nothing names an expert by a number that may be wrong from now on."""
+        found = find_mentions(json.loads(text), self.layout.n_experts, self.names.settled).names
+        if found and any(len(kept) < self.layout.n_experts for kept in self.kept.values()):
+            raise UnsupportedModelError(
+                f"{self.checkpoint.directory / name}: names experts by number in a way that reap cannot follow"
+                f" ({found[0]}{f', and {len(found) - 1} more' if len(found) > 1 else ''})"
+            )
 
     def _index(self, index: dict[str, Any]) -> dict[str, Any]:
         """The old index with the new names, in its order, then those that it lacks, and the new sizes."""

@@ -305,7 +305,7 @@ def _number(checkpoint: Checkpoint, blocks: list[str]) -> tuple[dict[int, str], 
                 f"{checkpoint.directory}: {other} and {block} both are MoE blocks of layer {numbers[-1]}"
             )
         layers[int(numbers[-1])] = block
-    named = [int(number) for name in checkpoint.shard_of if not _apart(name) for number in _LAYER.findall(name)[:1]]
+    named = [int(number) for name in checkpoint.shard_of if not is_apart(name) for number in _LAYER.findall(name)[:1]]
     n_layers = checkpoint_layers(checkpoint) or max(named, default=0) + 1
     behind = max(n_layers, max(layers, default=-1) + 1)
     for rank, block in enumerate(sorted((block for block in blocks if block not in ordinary), key=_natural)):
@@ -313,7 +313,8 @@ def _number(checkpoint: Checkpoint, blocks: list[str]) -> tuple[dict[int, str], 
     return dict(sorted(layers.items())), n_layers, tuple(layer for layer in sorted(layers) if layer >= n_layers)
 
 
-def _apart(name: str) -> bool:
+def is_apart(name: str) -> bool:
+    """Whether a name is in a part beside the language model's own layers: a tower, prediction layers."""
     parts = set(name.split("."))
     return bool(parts & _TOWERS or parts & _PREDICTION)
 
@@ -326,7 +327,7 @@ def is_of_prediction(name: str, n_layers: int) -> bool:
     """Whether a tensor belongs to a prediction (MTP) layer."""
     if _PREDICTION & set(name.split(".")):
         return True
-    numbers = [] if _apart(name) else _LAYER.findall(name)[:1]
+    numbers = [] if is_apart(name) else _LAYER.findall(name)[:1]
     return bool(numbers) and int(numbers[0]) >= n_layers
 
 

@@ -20,6 +20,7 @@ from reap.hf.disk.discovery import CONFIG, INDEX
 from reap.hf.disk.info import CheckpointInfo, describe_checkpoint
 from reap.hf.disk.job import Job
 from reap.hf.disk.layout import CheckpointLayout, read_checkpoint_layout
+from reap.hf.disk.mentions import counts_in_texts, mentions_in_files
 from reap.hf.disk.safetensors_file import StoredTensor
 from reap.hf.disk.side_files import FileArguments, FileOptions, SideFile, left_out, sort_side_files
 from reap.profiling.arguments import divide, shows
@@ -102,7 +103,7 @@ def prune(
         }
         if not dry_run:
             _write(job, target, files, side, sum(sizes.values()), force=force, verify=verify, progress=progress)
-        warnings = tuple(_warnings(job, which.trust, left, target, sum(sizes.values()), dry_run))
+        warnings = tuple(_warnings(job, which, side, left, target, sum(sizes.values()), dry_run))
         n_bytes_after = sum(files[name].n_bytes for name in job.shards)
         n_bytes_before = checkpoint.n_bytes
     return PruneReport(
@@ -238,7 +239,9 @@ def _chunks(n_bytes: int, *, full: bool) -> Iterator[tuple[int, int]]:
 # ---- what a reader of the report should know
 
 
-def _warnings(job: Job, trust: str | None, left: list[str], target: Path, total: int, dry_run: bool) -> Iterator[str]:
+def _warnings(
+    job: Job, which: FileOptions, side: list[SideFile], left: list[str], target: Path, total: int, dry_run: bool
+) -> Iterator[str]:
     info, plan = job.info, job.plan
     yield from plan_warnings(info, plan)
     if plan.keep < info.n_experts and job.checkpoint.config.get("norm_topk_prob") is False:
@@ -249,9 +252,12 @@ def _warnings(job: Job, trust: str | None, left: list[str], target: Path, total:
     if job.drop and job.layout.prediction_layers:
         yield f"the prediction (MTP) layers {list(job.layout.prediction_layers)} were left out"
     if job.checkpoint.difference:
-        yield f"{job.checkpoint.directory / INDEX}: {job.checkpoint.difference.text}; it was gone by the {trust}"
+        yield f"{job.checkpoint.directory / INDEX}: {job.checkpoint.difference.text}; it was gone by the {which.trust}"
     if left:
         yield left_out(left)
+    if plan.keep < info.n_experts:
+        yield from counts_in_texts(job.texts, info.n_experts)
+        yield from mentions_in_files([file.path for file in side], job.checkpoint.directory, info.n_experts)
     if dry_run:
         try:
             check_space(target, total)

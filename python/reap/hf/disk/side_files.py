@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypedDict
 
 from reap.errors import FormatError, UsageError
-from reap.hf.disk.checkpoint_files import PROVENANCE, QUANTISATION, TRUSTED, Checkpoint
+from reap.hf.disk.checkpoint_files import PROVENANCE, QUANTISATIONS, TRUSTED, Checkpoint
 from reap.hf.disk.discovery import CONFIG, INDEX, walk
 from reap.hf.disk.layout import CheckpointLayout, speaks_of_experts
 from reap.hf.disk.safetensors_file import SafetensorsFile
@@ -72,13 +72,13 @@ def sort_side_files(
 ) -> tuple[list[SideFile], list[str]]:
     """(files to carry over, names of weights that are left out): tokenizer, templates, code, licences, other models.
 
-    config.json, the index, reap.json and hf_quant_config.json are in neither, since they are written anew. Weights
-    beside the model's own are carried over where they are safetensors none of whose tensors speaks of experts.
+    config.json, the index, reap.json and what says how it is quantised are in neither, since they are written anew.
+    Weights beside the model's own are carried over where they are safetensors none of whose tensors speaks of experts.
 
     Raises:
         UsageError: there are others, and `options` do not say what to do with them.
     """
-    written = {CONFIG, INDEX, PROVENANCE, QUANTISATION, *checkpoint.shards}
+    written = {CONFIG, INDEX, PROVENANCE, *QUANTISATIONS, *checkpoint.shards}
     paths = {path.relative_to(checkpoint.directory).as_posix(): path for path in walk(checkpoint.directory)}
     paths = {name: path for name, path in paths.items() if name not in written}
     weights = [name for name in paths if _WEIGHTS.fullmatch(name) and not _SETTINGS.fullmatch(name)]
