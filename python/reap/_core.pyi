@@ -218,8 +218,8 @@ class Session:
     @property
     def n_groups(self) -> int: ...
     def sums(self, group: int) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
-        """counts int64, gate_sum, norm_sum, gated_norm_sum, gated_norm_sq_sum, norm_sq_sum, norm_max float64, each
-        [n_layers, n_experts]; total_tokens int64 [n_layers]."""
+        """counts int64 and `reap.scores.records.SUMS` float64, each [n_layers, n_experts]; total_tokens int64
+        [n_layers]."""
 
     def collector_stats(self) -> dict[str, float]:
         """seconds in the callback, bytes read by the collector, stops, batches."""

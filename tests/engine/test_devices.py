@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from helpers.gguf_builder import build_moe
+from helpers.sums import SUMS
 from reap.cli import main
 from reap.engine import native
 from reap.engine.devices import devices
@@ -107,7 +108,7 @@ def test_the_same_sums_as_on_the_processor(server: str, model: Path) -> None:
     expected, _ = sums_of(open_session(model, EXACT))
     found, n_bytes = sums_of(open_session(model, on_device(server), head_on_host=True))
     assert (found["counts"] == expected["counts"]).all()
-    for name in ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max"):
+    for name in SUMS:
         np.testing.assert_allclose(found[name], expected[name], rtol=tolerance(server), err_msg=name)
     # ids, gates and norms: 12 bytes; the whole output would be 64 x 4
     assert 0 < n_bytes <= 16 * 300 * 3 * N_USED

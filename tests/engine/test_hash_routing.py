@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from helpers.architectures import N_EXPERTS, write_model
 from helpers.graph_oracle import Sums, dump, read_routing
 from helpers.llama_tools import require_tool
+from helpers.sums import SUMS
 from reap.gguf.model_info import inspect
 from reap.scores.profile import Profile
 
@@ -72,7 +73,7 @@ def test_counts_follow_the_table_and_sums_the_graph(tmp_path: Path) -> None:
         for layer, total in sums.items():
             total.add(read_routing(nodes, layer, len(tokens), gate_first=False))
     for layer in range(N_HASHED):
-        for name in ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max"):
+        for name in SUMS:
             np.testing.assert_allclose(
                 getattr(found, name)[found.row(layer)], sums[layer].arrays[name], rtol=1e-5, err_msg=name
             )

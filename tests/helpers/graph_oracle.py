@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf import GGUFReader
+from helpers.sums import COUNTS_AND_SUMS
 
 Floats = NDArray[np.float64]
 Nodes = dict[str, Any]  # name -> the values of the first node of that name, outermost axis first
@@ -150,8 +151,7 @@ class Sums:
     arrays: dict[str, Floats] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
-        self.arrays = {name: np.zeros(self.n_experts) for name in names}
+        self.arrays = {name: np.zeros(self.n_experts) for name in COUNTS_AND_SUMS}
 
     def add(self, routing: Routing) -> None:
         norms = np.sqrt((routing.outputs**2).sum(axis=2))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 BLOCK_NAMES = ("mlp", "mixer", "feed_forward", "block_sparse_moe")
 
 

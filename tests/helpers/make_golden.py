@@ -1,6 +1,6 @@
 """Write tests/golden/: two tiny models as GGUF, and what PyTorch says of them. Run it by hand (needs the extra `hf`):
 
-    python tests/make_golden.py
+    PYTHONPATH=tests python tests/helpers/make_golden.py
 
 The numbers come from `oracle.py`, never from reap; the GGUF files come from llama.cpp's converter. `test_golden.py`
 compares without PyTorch.
@@ -18,11 +18,11 @@ import torch
 import transformers
 
 from helpers import oracle, torch_models
+from helpers.sums import COUNTS_AND_SUMS
 from reap.hf import convert_checkpoint
 
 DIRECTORY = Path(__file__).parent.parent / "golden"
 NAMES = ("qwen3moe", "nemotronh")
-SUMS = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 LONGEST = 3  # the sample whose logits are kept
 POSITIONS = (0, 44, 89)
 
@@ -49,7 +49,8 @@ def expectations(model: Any) -> dict[str, Any]:
         "made_with": {"torch": torch.__version__, "transformers": transformers.__version__},
         "samples": samples,
         "layers": {
-            layer: {field: getattr(layer_sums, field).tolist() for field in SUMS} for layer, layer_sums in sums.items()
+            layer: {field: getattr(layer_sums, field).tolist() for field in COUNTS_AND_SUMS}
+            for layer, layer_sums in sums.items()
         },
         "total_tokens": sum(map(len, samples)),
         "kept": kept,

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from helpers.sums import COUNTS_AND_SUMS
 from reap.scores.profile import Profile
-
-SUM_NAMES = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 
 
 def random_sums(
@@ -16,7 +15,7 @@ def random_sums(
 ) -> dict[str, Any]:
     """The arrays of `Profile.from_sums` for `tokens` tokens, each routed to `used` of the experts; the last expert is
     never chosen."""
-    sums: dict[str, Any] = {name: np.zeros((n_layers, n_experts)) for name in SUM_NAMES}
+    sums: dict[str, Any] = {name: np.zeros((n_layers, n_experts)) for name in COUNTS_AND_SUMS}
     sums["counts"] = np.zeros((n_layers, n_experts), dtype=np.int64)
     for layer in range(n_layers):
         for _ in range(tokens):
@@ -34,7 +33,7 @@ def random_sums(
 
 
 def add_sums(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    whole = {name: sum(part[name] for part in parts) for name in (*SUM_NAMES, "total_tokens")}
+    whole = {name: sum(part[name] for part in parts) for name in (*COUNTS_AND_SUMS, "total_tokens")}
     whole["norm_max"] = np.maximum.reduce([part["norm_max"] for part in parts])
     return whole
 
@@ -100,7 +99,6 @@ def reference_document(n_experts: int = 4) -> dict[str, Any]:
 def large_profile(
     seed: int = 0, *, n_layers: int = 60, n_experts: int = 512, used: int = 10, tokens: int = 200_000
 ) -> Profile:
-    ""
     """A profile of the size of the largest models, made up: uneven loads, norms that grow with depth, two domains, one
     outlier."""
     rng = np.random.default_rng(seed)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from helpers.sums import COUNTS_AND_SUMS
 from reap.errors import EngineError
 
 N_LAYERS, N_EXPERTS = 2, 3
 BOS = 256
 BAD = ord("X")  # the engine fails on it
-SUM_NAMES = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 
 
 class Bytes:
@@ -48,13 +48,14 @@ class Tally:
 
     def __init__(self) -> None:
         self.total_tokens = [0] * N_LAYERS
-        self.sums = {name: [[0.0] * N_EXPERTS for _ in range(N_LAYERS)] for name in SUM_NAMES}
+        self.sums = {name: [[0.0] * N_EXPERTS for _ in range(N_LAYERS)] for name in COUNTS_AND_SUMS}
 
     def add(self, token: int, position: int) -> None:
         for layer in range(N_LAYERS):
             expert, gate, norm = routing(layer, token, position)
             self.total_tokens[layer] += 1
-            for name, value in zip(SUM_NAMES, (1, gate, norm, gate * norm, (gate * norm) ** 2, norm**2), strict=False):
+            added = (1, gate, norm, gate * norm, (gate * norm) ** 2, norm**2)
+            for name, value in zip(COUNTS_AND_SUMS, added, strict=False):
                 self.sums[name][layer][expert] += value
             largest = self.sums["norm_max"][layer]
             largest[expert] = max(norm, largest[expert])
@@ -196,7 +197,7 @@ class CountingSession:
     def restore(self, group: int, sums: dict[str, Any], n_units: int) -> None:
         tally = Tally()
         tally.total_tokens = sums["total_tokens"].tolist()
-        tally.sums = {name: np.asarray(sums[name], np.float64).tolist() for name in SUM_NAMES}
+        tally.sums = {name: np.asarray(sums[name], np.float64).tolist() for name in COUNTS_AND_SUMS}
         self._done[group] = tally
         self._n_heard_of = max(self._n_heard_of, group + 1)
         self.units = n_units

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import reap
+from helpers.sums import SUMS
 from helpers.torch_needs import absent
 from reap import hf
 from reap.errors import EngineError, Interrupted, MismatchError, UnsupportedModelError, UsageError
@@ -37,7 +38,6 @@ FAMILIES = (
     "lfm2_moe",
     "minimax_m2",
 )
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,12 +15,12 @@ import pytest
 
 import reap
 from helpers.paths import GOLDEN
+from helpers.sums import SUMS
 from reap.engine import native
 from reap.engine.options import EngineOptions
 from reap.engine.session import open_session
 from reap.errors import NativeModuleMissing
 
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 EXACT: dict[str, Any] = {
     "ctx_size": 128,
     "ubatch_size": 64,

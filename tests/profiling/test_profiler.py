@@ -17,6 +17,7 @@ import pytest
 
 import gguf
 from helpers.gguf_builder import build_moe
+from helpers.sums import SUMS
 from reap.errors import CalibrationError, EngineError, Interrupted, MismatchError, UnsupportedModelError, UsageError
 from reap.profiling.gguf import profile
 from reap.progress import Progress
@@ -24,7 +25,6 @@ from reap.scores.merging import merge
 from reap.scores.profile import Profile
 
 EXACT: dict[str, Any] = {"type_k": "f32", "type_v": "f32", "flash_attn": "off", "threads": 2}
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 
 
 def samples(n: int = 12, longest: int = 90, seed: int = 3) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.slow_count import N_EXPERTS, N_LAYERS, SUM_NAMES, Bytes, CountingSession, Expected, Tally, count
+from helpers.slow_count import N_EXPERTS, N_LAYERS, Bytes, CountingSession, Expected, Tally, count
+from helpers.sums import COUNTS_AND_SUMS
 from reap.errors import CalibrationError, EngineError, Interrupted, MismatchError
 from reap.profiling.record import make_profile
 from reap.profiling.resume import ResumeFile
@@ -201,7 +202,7 @@ def compare(found: Profile, expected: Expected) -> None:
         total = total.plus(tally)
     for profile, tally in ((found, total), *((found.domain(name), tally) for name, tally in named.items())):
         assert profile.total_tokens.tolist() == tally.total_tokens
-        for name in SUM_NAMES:
+        for name in COUNTS_AND_SUMS:
             np.testing.assert_array_equal(getattr(profile, name), tally.sums[name], err_msg=name)
 
 

@@ -17,6 +17,7 @@ import pytest
 import test_torch_oracle as first
 
 import reap
+from helpers.sums import SUMS
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]  # torch and transformers warn about themselves
 
@@ -124,8 +125,6 @@ def test_gemma4_where_gelu_bends(cases: Callable[[str], first.Case]) -> None:
     case = cases("gemma4_gelu")
     profile = case.profile(case.gguf)
     np.testing.assert_array_equal(profile.counts, first.stacked(case.sums, "counts"))
-    differences = {
-        field: first.relative(getattr(profile, field), first.stacked(case.sums, field)) for field in first.SUMS
-    }
+    differences = {field: first.relative(getattr(profile, field), first.stacked(case.sums, field)) for field in SUMS}
     print("gemma4_gelu:", ", ".join(f"{k} {v:.1e}" for k, v in differences.items()))
     assert max(differences.values()) < 2e-3

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import reap
+from helpers.sums import SUMS
 from helpers.torch_needs import needs as needs
 from reap.engine.options import EngineOptions
 from reap.engine.session import open_session
@@ -36,7 +37,6 @@ FAMILIES = (
     "olmoe",
     "glm4_moe",
 )
-SUMS = ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "norm_sq_sum", "norm_max")
 EXACT: dict[str, Any] = {
     "ctx_size": 128,
     "ubatch_size": 64,

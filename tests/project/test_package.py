@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -242,10 +245,27 @@ def test_a_newcomer_sees_the_rooms() -> None:
     for path in sources():
         assert len(path.read_text().splitlines()) <= 450, f"{dotted(path)} is too long"
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
                 assert length <= 60, f"{dotted(path)}: {node.name} has {length} lines"
+
+
+def own_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """The names that a call may give; what goes through as one set (`**options`, an object of a command's options)
+    counts as what it is, and self as nothing."""
+    arguments = function.args
+    names = [it.arg for it in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    names += [arguments.vararg.arg] if arguments.vararg else []
+    return names[1:] if names[:1] in (["self"], ["cls"]) else names
+
+
+def test_no_function_takes_more_than_twelve_parameters() -> None:
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = own_parameters(node)
+                assert len(names) <= 12, f"{dotted(path)}: {node.name} takes {len(names)}: {', '.join(names)}"
 
 
 def fields_of(cls: ast.ClassDef) -> Iterator[tuple[str, bool]]:
@@ -272,6 +292,27 @@ def test_every_field_is_explained() -> None:
                     assert has_string, f"{dotted(path)}: {node.name}.{name} has no string below it"
                     explained += 1
     assert explained > 400
+
+
+def hand_on() -> Iterator[tuple[Any, Any]]:
+    """Each set of keyword arguments that functions hand on, and what explains them and has their defaults."""
+    from reap.engine.options import EngineArguments, EngineOptions
+    from reap.engine.quantize import TypeArguments, TypeChoice
+    from reap.evaluation.plan_options import PlanArguments
+    from reap.hf.memory.loading import LoadArguments, LoadOptions
+    from reap.scores.plan import plan
+    from reap.text.calibration import Calibration, TextArguments
+
+    yield from ((EngineArguments, EngineOptions), (TypeArguments, TypeChoice), (PlanArguments, plan))
+    yield from ((LoadArguments, LoadOptions), (TextArguments, Calibration))
+
+
+def test_arguments_that_are_handed_on_are_those_that_are_taken() -> None:
+    for arguments, taken_by in hand_on():
+        names, parameters = list(arguments.__annotations__), inspect.signature(taken_by).parameters
+        assert all(parameters[name].default is not inspect.Parameter.empty for name in names), arguments
+        if isinstance(taken_by, type) and is_dataclass(taken_by):
+            assert names == list(parameters)
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

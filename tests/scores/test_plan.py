@@ -1,4 +1,4 @@
-"""planner.py and ranking.py: how many experts are kept, which ones, and the plan's file."""
+"""scores.plan and scores.ranking: how many experts are kept, which ones, and the plan's file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.profiles import add_sums, from_scores, make_profile, reference_document
+from helpers.sums import COUNTS_AND_SUMS
 from reap.errors import FormatError, ReapWarning, UsageError
 from reap.scores.plan import PrunePlan, fused_router_counts, plan, resolve_keep, router_warning, super_experts
 from reap.scores.profile import METRICS, Profile
@@ -198,20 +199,7 @@ def test_protected_beyond_a_group() -> None:
 def domain_profile(a: list[float], b: list[float]) -> Profile:
     parts = {"a": from_scores([a]), "b": from_scores([b])}
     arrays = {
-        name: {
-            key: getattr(part, key)
-            for key in (
-                "total_tokens",
-                "counts",
-                "gate_sum",
-                "norm_sum",
-                "gated_norm_sum",
-                "gated_norm_sq_sum",
-                "norm_sq_sum",
-                "norm_max",
-            )
-        }
-        for name, part in parts.items()
+        name: {key: getattr(part, key) for key in ("total_tokens", *COUNTS_AND_SUMS)} for name, part in parts.items()
     }
     return Profile.from_sums(layers=[0], **add_sums(list(arrays.values())), model={"n_experts": len(a)}, domains=arrays)
 

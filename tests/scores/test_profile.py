@@ -1,4 +1,4 @@
-"""scores.py and combining.py: the arrays, the metrics, the file, merging and comparing."""
+"""scores.profile, profile_file, merging and comparing: the arrays, the metrics, the file, merging and comparing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.profiles import SUM_NAMES, add_sums, from_scores, make_profile, random_sums, reference_document
+from helpers.profiles import add_sums, from_scores, make_profile, random_sums, reference_document
+from helpers.sums import COUNTS_AND_SUMS
 from reap.errors import FormatError, MismatchError, OutputError, ReapWarning, UsageError
 from reap.scores.comparing import compare
 from reap.scores.merging import merge
@@ -21,7 +22,7 @@ from reap.scores.records import ARRAYS, SUMS
 
 
 def same(a: Profile, b: Profile) -> bool:
-    names = (*SUM_NAMES, "layers", "total_tokens")
+    names = (*COUNTS_AND_SUMS, "layers", "total_tokens")
     return (
         all(np.array_equal(getattr(a, name), getattr(b, name), equal_nan=True) for name in names)
         and (a.model, a.calibration, a.engine, a.trusted, a.domains)
@@ -425,7 +426,7 @@ def test_the_sums_are_spelled_once() -> None:
     fields = [field.name for field in dataclasses.fields(Profile)]
     assert fields[fields.index("counts") + 1 : fields.index("model")] == list(SUMS)
     assert set(ARRAYS) == {"counts", "total_tokens", *SUMS}
-    assert set(SUM_NAMES) == {"counts", *SUMS}
+    assert ("counts", *SUMS) == COUNTS_AND_SUMS
 
 
 # ---- merge
@@ -446,7 +447,7 @@ def test_merge_equals_one_profile_of_all_tokens() -> None:
     np.testing.assert_allclose(merged.gated_norm_sum, whole.gated_norm_sum, rtol=1e-15)
     assert merged.calibration == {"files": ["0", "1", "2"], "samples": 3}
     again = merge(reversed(profiles))
-    assert all(np.array_equal(getattr(merged, name), getattr(again, name)) for name in SUM_NAMES)
+    assert all(np.array_equal(getattr(merged, name), getattr(again, name)) for name in COUNTS_AND_SUMS)
 
 
 def test_merge_of_one_changes_nothing() -> None:

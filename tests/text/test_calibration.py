@@ -1,4 +1,4 @@
-"""calibration.py, samples.py and chat.py: lines -> samples -> token ids, windows and masks."""
+"""text.calibration, samples and encoding: lines -> samples -> token ids, windows and masks."""
 
 from __future__ import annotations
 

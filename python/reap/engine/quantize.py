@@ -19,19 +19,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypedDict
 
 import reap
 from reap.engine import native
+from reap.engine.arguments import divide, shows
 from reap.engine.options import MOST_THREADS, usable_cores
 from reap.errors import EngineError, FormatError, MismatchError, OutputError, UnsupportedModelError, UsageError
 from reap.files.atomic import check_output, check_space, written_elsewhere
+from reap.files.paths import PathLike
 from reap.gguf.experts import read_architecture
 from reap.gguf.imatrix import Imatrix, read_imatrix
 from reap.gguf.model_info import engine_refusal
 from reap.gguf.reader import GGUFModel
 from reap.gguf.tensor_types import TENSOR_TYPES
 from reap.progress import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 _SLACK_BYTES = 1 << 20  # the size estimated is exact to a hundredth of a MiB
@@ -67,22 +72,58 @@ class QuantizeReport:
         return {**asdict(self), "source": str(self.source), "output": str(self.output)}
 
 
+class TypeArguments(TypedDict, total=False):
+    """Keyword arguments that `quantize` hands on to `TypeChoice`, where they are explained."""
+
+    allow_requantize: bool
+    pure: bool
+    quantize_output: bool
+    output_tensor_type: str | None
+    token_embedding_type: str | None
+    tensor_types: Mapping[str, str] | Iterable[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypeChoice:
+    """Which tensors get which type, by llama-quantize's options."""
+
+    allow_requantize: bool = False
+    """Quantise what is quantised already, which loses quality."""
+    pure: bool = False
+    """Give every matrix the type itself instead of the mixture that its name stands for."""
+    quantize_output: bool = True
+    """False: leave output.weight as it is."""
+    output_tensor_type: str | None = None
+    """ggml type of output.weight; None: what the file's type says."""
+    token_embedding_type: str | None = None
+    """ggml type of the embedding; None: what the file's type says."""
+    tensor_types: Mapping[str, str] | Iterable[tuple[str, str]] = ()
+    """Regular expression of tensor names -> ggml type of what it finds."""
+
+    def settings(self, known: Sequence[str]) -> dict[str, Any]:
+        """What the native module takes. UsageError for a type that is not one of the `known`."""
+        single = {"output_tensor_type": self.output_tensor_type, "token_embedding_type": self.token_embedding_type}
+        return {
+            "allow_requantize": self.allow_requantize,
+            "pure": self.pure,
+            "quantize_output": self.quantize_output,
+            **{key: "" if text is None else _check_type(text, known, "tensor type") for key, text in single.items()},
+            "tensor_types": [(key, _check_type(text, known, "tensor type")) for key, text in _pairs(self.tensor_types)],
+        }
+
+
+@shows((TypeArguments, TypeChoice))
 def quantize(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    source: PathLike,
+    output: PathLike,
     type: str,
     *,
-    imatrix: str | os.PathLike[str] | None = None,
+    imatrix: PathLike | None = None,
     threads: int | None = None,
-    allow_requantize: bool = False,
-    pure: bool = False,
-    quantize_output: bool = True,
-    output_tensor_type: str | None = None,
-    token_embedding_type: str | None = None,
-    tensor_types: Mapping[str, str] | Iterable[tuple[str, str]] = (),
     force: bool = False,
     dry_run: bool = False,
     progress: ProgressCallback | None = None,
+    **options: Unpack[TypeArguments],
 ) -> QuantizeReport:
     """Write the GGUF model `source` (of a split one, any of its files) as one file in another type.
 
@@ -92,26 +133,22 @@ def quantize(
         imatrix: an importance matrix of this model, in either form; a pruned model needs a pruned matrix
             (`reap.prune(imatrix=...)`)
         threads: None: the cores that this process may use
-        allow_requantize: quantise what is quantised already, which loses quality
-        pure: give every matrix the type itself instead of the mixture that the name stands for
-        quantize_output: False: leave output.weight as it is
-        output_tensor_type, token_embedding_type, tensor_types: a type for output.weight, for the embedding, for what a
-            regular expression finds
         dry_run: check everything, estimate the size, write nothing
         progress: called with tensors begun, of tensors in all
+        options: allow_requantize (quantise what is quantised already, which loses quality); pure (give every matrix the
+            type itself instead of the mixture that its name stands for); quantize_output (False: leave output.weight
+            as it is); output_tensor_type, token_embedding_type, tensor_types (a type for output.weight, for the
+            embedding, for what a regular expression finds)
 
     The result is that of llama-quantize with the same options, byte for byte. Raises UsageError (paths, options,
     types), MismatchError (a matrix of another model), FormatError (a damaged file), EngineError with the end of
     llama.cpp's log, OutputError (could not write).
     """
     started = time.perf_counter()
+    choice = TypeChoice(**divide("quantize", options, TypeArguments)[0])
     core = native.load()
     kind = _check_type(type, core.quantize_types(), "type")
-    wanted = {name: _check_type(text, core.tensor_types(), "tensor type") for name, text in _pairs(tensor_types)}
-    single = [
-        None if text is None else _check_type(text, core.tensor_types(), "tensor type")
-        for text in (output_tensor_type, token_embedding_type)
-    ]
+    settings = choice.settings(core.tensor_types())
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"threads is {threads}, expected 1 to {MOST_THREADS}")
     target = Path(output)
@@ -120,7 +157,7 @@ def quantize(
         matrix = None if imatrix is None else stack.enter_context(read_imatrix(imatrix))
         inputs = [file.path for file in model.files] + ([] if matrix is None else [matrix.file.path])
         check_output(target, inputs, force=force)
-        _check_model(model, kind, allow_requantize=allow_requantize)
+        _check_model(model, kind, allow_requantize=choice.allow_requantize)
         warnings = [] if matrix is None else _check_imatrix(model, matrix)
         n_bytes_before, n_tensors, first_file = model.size, len(model.tensors), os.path.abspath(model.files[0].path)
     job: dict[str, Any] = {
@@ -128,12 +165,7 @@ def quantize(
         "input": first_file,
         "type": kind,
         "threads": threads or usable_cores(),
-        "allow_requantize": allow_requantize,
-        "pure": pure,
-        "quantize_output": quantize_output,
-        "output_tensor_type": single[0] or "",
-        "token_embedding_type": single[1] or "",
-        "tensor_types": list(wanted.items()),
+        **settings,
     }
     job["imatrix"] = None if imatrix is None else os.path.abspath(imatrix)
     job["imatrix_name"] = None if imatrix is None else os.fspath(imatrix)

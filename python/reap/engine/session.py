@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap.engine import native
+from reap.files.paths import PathLike
 
 if TYPE_CHECKING:
     from reap import _core
@@ -20,7 +21,7 @@ from reap.gguf.reader import GGUFModel, first_file
 
 
 def open_session(
-    path: str | os.PathLike[str],
+    path: PathLike,
     options: EngineOptions,
     *,
     n_sequences: int = 1,
@@ -54,7 +55,7 @@ def open_session(
     return core.Session(settings)
 
 
-def open_vocabulary(path: str | os.PathLike[str]) -> SessionTokenizer:
+def open_vocabulary(path: PathLike) -> SessionTokenizer:
     """A model's tokenizer without the model: in a moment, however large it is. Raises as `open_session`."""
     _check_types(path)
     return SessionTokenizer(native.load().Vocabulary(os.fspath(path)))

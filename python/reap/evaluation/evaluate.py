@@ -15,6 +15,7 @@ from reap.errors import ReapWarning
 from reap.evaluation.loops import Continuations, loop_metrics
 from reap.evaluation.plan_evaluator import PlanEvaluator, Reference, Steps
 from reap.evaluation.result import Evaluation
+from reap.files.paths import PathLike
 from reap.gguf.model_info import inspect
 from reap.progress import ProgressCallback
 from reap.pruning.compatibility import check_plan
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 @shows_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 def evaluate(
-    model: str | os.PathLike[str],
+    model: PathLike,
     text: Text,
     *,
-    reference: str | os.PathLike[str] | None = None,
-    plan: PrunePlan | str | os.PathLike[str] | None = None,
+    reference: PathLike | None = None,
+    plan: PrunePlan | PathLike | None = None,
     loops: bool = False,
     max_tokens: int | None = None,
     allow_mismatch: bool = False,
@@ -84,7 +85,7 @@ def evaluate(
     steps = Steps(progress, (1 + is_compared) * (1 + loops))
     said: list[str] = []
 
-    def opened(path: str | os.PathLike[str]) -> PlanEvaluator:
+    def opened(path: PathLike) -> PlanEvaluator:
         evaluator = PlanEvaluator(path, text, options, max_tokens=max_tokens, allow_mismatch=allow_mismatch)
         for warning in evaluator.warnings:
             if warning not in said:

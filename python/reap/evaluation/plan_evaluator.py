@@ -17,6 +17,7 @@ from reap.errors import MismatchError, UnsupportedModelError, UsageError
 from reap.evaluation.loops import Continuations, choose_prompts, continue_prompts
 from reap.evaluation.quality_metrics import Predictions, TokenScores, compare_predictions, quality_metrics
 from reap.evaluation.result import Evaluation
+from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.progress import Progress, ProgressCallback
 from reap.pruning.compatibility import check_plan, plan_warnings
@@ -63,7 +64,7 @@ class PlanEvaluator:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: PathLike,
         text: Text,
         options: EngineOptions | None = None,
         *,

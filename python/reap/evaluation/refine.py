@@ -8,7 +8,6 @@ between `search` exchanges experts, on windows that propose and windows that con
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from reap.evaluation.resume_file import ResumeFile
 from reap.evaluation.search import Search
 from reap.evaluation.search_state import Kept, SearchState, SearchStats
 from reap.evaluation.search_windows import divide_windows
+from reap.files.paths import PathLike
 from reap.gguf.model_info import inspect
 from reap.profiling.interrupts import endings_as_interrupts
 from reap.progress import ProgressCallback
@@ -49,15 +49,15 @@ RESUME_FORMAT = "reap.refine.resume"
 @shows_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 @shows_plan_options(blend=None)
 def refine(
-    model: str | os.PathLike[str],
-    profile: Profile | str | os.PathLike[str],
+    model: PathLike,
+    profile: Profile | PathLike,
     text: Text,
     *,
     keep: Keep,
     seconds: float = 600.0,
     max_passes: float | None = None,
     metric: str | None = None,
-    output: str | os.PathLike[str] | None = None,
+    output: PathLike | None = None,
     progress: ProgressCallback | None = None,
     **options: Unpack[ChoiceArguments],
 ) -> PrunePlan:
@@ -178,7 +178,7 @@ class Refinement:
         return self._plan(self.search, hold_out.judge(trunk[self.order[0]], self.search.kept))
 
     @contextmanager
-    def keeping(self, output: str | os.PathLike[str] | None) -> Iterator[None]:
+    def keeping(self, output: PathLike | None) -> Iterator[None]:
         """On Ctrl-C the best choice so far is kept where a file was asked for, and Interrupted says so."""
         try:
             yield

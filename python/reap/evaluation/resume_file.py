@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any
 
 from reap.errors import FormatError, MismatchError, OutputError, UsageError
 from reap.files.atomic import write_whole
+from reap.files.paths import PathLike
 from reap.files.strict_json import Node, json_bytes, read_json
 
 VERSION = 1
@@ -22,7 +22,7 @@ _SAVING_SHARE = 0.05  # of the time, at most, that saving may take
 class ResumeFile:
     """`OUTPUT.resume`, written whole or not at all, at most every few seconds; gone when the output is complete."""
 
-    def __init__(self, output: str | os.PathLike[str], form: str, *, resume: bool) -> None:
+    def __init__(self, output: PathLike, form: str, *, resume: bool) -> None:
         """Look for the file.
 
         Args:

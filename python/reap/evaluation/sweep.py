@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from reap.evaluation.sweep_rows import Table
 from reap.evaluation.sweep_run import ResultWriter, SweepRun, TextEvaluator
 from reap.evaluation.sweep_table import Sweep
 from reap.evaluation.sweep_winner import record_choice
+from reap.files.paths import PathLike
 from reap.gguf.model_info import inspect
 from reap.profiling.interrupts import endings_as_interrupts
 from reap.progress import ProgressCallback
@@ -42,18 +42,18 @@ RESUME_FORMAT = "reap.sweep.resume"
 @shows_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 @shows_plan_options()
 def sweep(
-    model: str | os.PathLike[str],
-    profile: Profile | str | os.PathLike[str],
+    model: PathLike,
+    profile: Profile | PathLike,
     text: Text,
     *,
     keep: Keep | Sequence[Keep] | None = None,
     metric: str | Sequence[str] | None = None,
     seeds: int = 1,
-    plans: Sequence[PrunePlan | str | os.PathLike[str]] = (),
+    plans: Sequence[PrunePlan | PathLike] = (),
     target_size: int | str | None = None,
     max_ppl_increase: float | str | None = None,
     max_tokens: int | None = None,
-    output: str | os.PathLike[str] | None = None,
+    output: PathLike | None = None,
     progress: ProgressCallback | None = None,
     **options: Unpack[ChoiceArguments],
 ) -> Sweep:

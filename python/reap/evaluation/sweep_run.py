@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from reap.evaluation.quality_metrics import TokenScores, compare_predictions
 from reap.evaluation.resume_file import ResumeFile
 from reap.evaluation.sweep_rows import Table
 from reap.evaluation.sweep_table import Sweep, SweepRow, Target
+from reap.files.paths import PathLike
 from reap.progress import Progress, ProgressCallback
 from reap.scores.plan import PrunePlan
 from reap.text.overlap import overlap_warnings
@@ -139,7 +139,7 @@ class ResultWriter:
         run: SweepRun,
         evaluator: TextEvaluator,
         options: EngineOptions,
-        output: str | os.PathLike[str] | None,
+        output: PathLike | None,
         file: ResumeFile | None,
     ) -> None:
         self._run = run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from reap.evaluation.sweep_winner import Winner, find_winner, winning_plan
 from reap.files.atomic import write_whole
+from reap.files.paths import PathLike
 from reap.files.strict_json import EXPERT_LIMIT, Node, json_bytes, read_json
 from reap.scores.plan import PrunePlan
 from reap.scores.profile import Profile
@@ -192,7 +192,7 @@ class Sweep:
             "targets": row_documents(self.targets),
         }
 
-    def save(self, path: str | os.PathLike[str], *, force: bool = True) -> Path:
+    def save(self, path: PathLike, *, force: bool = True) -> Path:
         """Write the sweep as JSON, one line a row, whole or not at all; `force=False` refuses to replace a file.
 
         Raises OutputError where it cannot be written, UsageError where a file is there and may not be replaced.
@@ -200,7 +200,7 @@ class Sweep:
         return write_whole(path, json_bytes(self.to_dict()), force=force)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Sweep:
+    def load(cls, path: PathLike) -> Sweep:
         """Read a sweep. UsageError where the file cannot be read, FormatError where any field of it is wrong."""
         root = read_json(path, what="sweep", max_bytes=_MAX_BYTES)
         check_format(root, FORMAT, VERSION)

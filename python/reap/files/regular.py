@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
 from reap.errors import FormatError, UsageError
+from reap.files.paths import PathLike
 from reap.files.recognise import absent_text, what_is
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class RegularFile:
         self.size = os.fstat(fd).st_size
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: PathLike) -> Self:
         """Open `path`. Raises UsageError if it is not a readable regular file; a pipe is refused without waiting for
         its writer."""
         where = Path(path)

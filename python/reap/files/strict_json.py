@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import FormatError, UsageError
+from reap.files.paths import PathLike
 from reap.files.recognise import HEAD_BYTES, unreadable_text, what_are
 
 # A profile of 60 layers, 512 experts and 8 domains is about 60 MB. A small file can ask for much memory: Python spends
@@ -137,7 +138,7 @@ def shorten(value: object, width: int = 40, *, quote: bool = True) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def read_json(path: str | os.PathLike[str], *, what: str, max_bytes: int | None = None) -> Node:
+def read_json(path: PathLike, *, what: str, max_bytes: int | None = None) -> Node:
     """The JSON object in `path`, which an error calls `what` ("profile", "plan").
 
     Raises UsageError where the file cannot be opened, FormatError where it is not strict JSON: NaN, Infinity, numbers

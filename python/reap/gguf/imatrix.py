@@ -9,7 +9,6 @@ copied.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from reap.errors import FormatError, MismatchError
+from reap.files.paths import PathLike
 from reap.files.ranges import Piece, RawFile, Span, Writable, merge_spans
 from reap.files.recognise import HEAD_BYTES, what_are
 from reap.files.regular import RegularFile
@@ -206,7 +206,7 @@ def _rows(numbers: bytes, n_rows: int, kept: tuple[int, ...]) -> bytes:
     return b"".join(numbers[row * size : row * size + size] for row in kept)
 
 
-def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
+def read_imatrix(path: PathLike) -> Imatrix:
     """Open an importance matrix of either form.
 
     Raises UsageError if `path` is not a readable regular file, FormatError if it holds no importance matrix.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import TYPE_CHECKING
 
 from reap.engine import native
+from reap.engine.arguments import divide, shows
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import ReapWarning, UnsupportedModelError, UsageError
+from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
-from reap.profiling.arguments import divide, shows
 from reap.profiling.record import make_profile
 from reap.profiling.resume import SECONDS, ResumeFile, identify
 from reap.profiling.run import SHARED_SEQUENCES, measure
@@ -32,11 +32,11 @@ class Arguments(EngineArguments, TextArguments, total=False):
 @shows((TextArguments, Calibration))
 @shows_engine_options(ctx_size=PROFILE_CTX_SIZE)
 def profile(
-    model: str | os.PathLike[str],
+    model: PathLike,
     calibration: Source,
     *,
     prediction_layers: bool = True,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: PathLike | None = None,
     resume: bool = False,
     checkpoint_seconds: float = SECONDS,
     progress: ProgressCallback | None = None,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reap.engine.arguments import divide, shows
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.engine.session import open_session, open_vocabulary
 from reap.errors import UsageError
+from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
-from reap.profiling.arguments import divide, shows
 from reap.profiling.gguf import Arguments
 from reap.progress import ProgressCallback
 from reap.text.calibration import Calibration, TextArguments
@@ -30,7 +30,7 @@ _MOST_BATCHES = 20
 @shows((TextArguments, Calibration))
 @shows_engine_options(ctx_size=PROFILE_CTX_SIZE)
 def preview(
-    model: str | os.PathLike[str],
+    model: PathLike,
     calibration: Source,
     *,
     show: int = 3,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 import warnings
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from reap.errors import FormatError, MismatchError, OutputError, ReapWarning, UsageError
 from reap.files.atomic import write_whole
+from reap.files.paths import PathLike
 from reap.files.strict_json import Node, json_bytes, read_json
 from reap.scores.profile import Profile
 from reap.scores.records import SUMS
@@ -60,7 +60,7 @@ def identify(model: Mapping[str, Any], options: Mapping[str, Any], source: Calib
     return {"model": model, "options": {**options, **texts}, "reap": version()}
 
 
-def beside(output: str | os.PathLike[str]) -> Path | None:
+def beside(output: PathLike) -> Path | None:
     """Where the state of a run is kept that is to write `output`; None where that is a device or a pipe."""
     path = Path(output)
     return path.with_name(f"{path.name}.resume") if path.is_file() or not path.exists() else None
@@ -74,7 +74,7 @@ class ResumeFile:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: PathLike,
         identity: Mapping[str, Any],
         *,
         shape: tuple[int, int],

@@ -54,9 +54,10 @@ class ModelSize:
 
 
 def measure_size(path: PathLike, plan: PrunePlan | None = None) -> ModelSize:
-    """What the model at `path` weighs, and what it would after `plan` (None: the same). Raises what `prune` does for a
-    Args:
-        plan: that does not fit."""
+    """What the model at `path` weighs, and what it would after `plan` (None: the same).
+
+    Raises what `prune` does for a plan that does not fit.
+    """
     with GGUFModel.open(path) as model:
         layout = read_layout(model)
         cut = layout.cut if plan is not None else {}

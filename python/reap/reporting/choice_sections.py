@@ -9,7 +9,7 @@ import numpy as np
 
 from reap.files.formatting import number_text as number
 from reap.files.formatting import percent_text as percent
-from reap.reporting import plots as figures
+from reap.reporting import plots
 from reap.reporting.page import Section, Table
 from reap.reporting.report_sources import Sources
 from reap.scores.plan import super_experts
@@ -46,7 +46,7 @@ def criteria(sources: Sources) -> Section:
         "criteria",
         "Metrics",
         lead,
-        figures.matrix(labels, values, chance, "of the kept experts in common"),
+        plots.matrix(labels, values, chance, "of the kept experts in common"),
         alt,
         table,
     )
@@ -76,7 +76,7 @@ def domains(sources: Sources) -> Section:
         "domains",
         "Domains",
         lead,
-        figures.matrix(names, values, chance, "of the kept experts in common"),
+        plots.matrix(names, values, chance, "of the kept experts in common"),
         alt,
         table,
     )

@@ -12,7 +12,7 @@ from reap.files.atomic import check_distinct, paths_of
 from reap.files.formatting import number_text as number
 from reap.files.formatting import percent_text as percent
 from reap.files.paths import PathLike
-from reap.reporting import plots as figures
+from reap.reporting import plots
 from reap.reporting.page import Page, Section, Table, packed, write_page
 from reap.scores.comparing import Comparison, compare
 from reap.scores.profile import Profile
@@ -76,14 +76,14 @@ def _by_layer(profile: Profile, result: Comparison, chance: float) -> Section:
     columns = [[getattr(layer, name) for layer in result.layers] for name in ("spearman", "overlap", "jaccard")]
     labels = ("rank correlation", f"overlap of {result.keep} kept", "Jaccard")
     traces = [
-        figures.line(x, values, label, index) for index, (values, label) in enumerate(zip(columns, labels, strict=True))
+        plots.line(x, values, label, index) for index, (values, label) in enumerate(zip(columns, labels, strict=True))
     ]
-    figure = figures.figure(
-        *traces, xaxis=figures.layer_axis(profile), yaxis=dict(title="1 is full agreement"), hovermode="x unified"
+    figure = plots.figure(
+        *traces, xaxis=plots.layer_axis(profile), yaxis=dict(title="1 is full agreement"), hovermode="x unified"
     )
     figure.add_hline(
         y=chance,
-        line=dict(dash="dot", color=figures.GREY),
+        line=dict(dash="dot", color=plots.GREY),
         annotation_text="overlap by chance",
         annotation_position="bottom right",
     )
@@ -107,7 +107,7 @@ def _ranks_section(a: Profile, b: Profile, metric: str, scores: tuple[Floats, Fl
         places[1].ravel(), places[0].ravel(), bins=min(_BINS, a.n_experts), range=[[0, 1], [0, 1]]
     )
     trace = go.Heatmap(
-        z=counts, colorscale=figures.SCALE, x0=0.5 / len(counts), dx=1 / len(counts), y0=0.5 / len(counts),
+        z=counts, colorscale=plots.SCALE, x0=0.5 / len(counts), dx=1 / len(counts), y0=0.5 / len(counts),
         dy=1 / len(counts),
         hovertemplate="place %{x:.0%} in A, %{y:.0%} in B: %{z} experts<extra></extra>",
         colorbar=dict(title="experts", thickness=14),
@@ -119,7 +119,7 @@ def _ranks_section(a: Profile, b: Profile, metric: str, scores: tuple[Floats, Fl
     alt = f"Where the experts of all layers stand by {metric}, in A and in B. On the diagonal both say the same."
     return Section("ranks", "All layers",
     "A bright diagonal is agreement; the experts that matter most are at its top right.",
-                   figures.figure(trace, height=460, **axes), alt)  # fmt: skip
+                   plots.figure(trace, height=460, **axes), alt)  # fmt: skip
 
 
 def _places(score: Floats) -> Floats:

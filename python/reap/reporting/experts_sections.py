@@ -6,7 +6,7 @@ import numpy as np
 
 from reap.files.formatting import number_text as number
 from reap.files.formatting import percent_text as percent
-from reap.reporting import plots as figures
+from reap.reporting import plots
 from reap.reporting.page import Section, Table
 from reap.reporting.report_sources import Sources
 from reap.scores.statistics import (
@@ -65,7 +65,7 @@ def distribution(sources: Sources) -> Section:
     alt = f"Boxes of {sources.metric} by layer" + (
         ", with the lowest kept and the highest removed score marked as triangles." if sources.removes else "."
     )
-    figure = figures.distribution(sources.profile, sources.metric, sources.mask)
+    figure = plots.distribution(sources.profile, sources.metric, sources.mask)
     return Section("distribution", "Scores", lead, figure, alt, Table(columns, rows))
 
 
@@ -90,7 +90,7 @@ def inequality(sources: Sources) -> Section:
         "near 0 the experts on "
         "either side are interchangeable, below 0 something else than this score chose as well."
     )
-    figure = figures.inequality(sources.profile, sources.metric, sources.mask)
+    figure = plots.inequality(sources.profile, sources.metric, sources.mask)
     return Section("inequality", "Gini and gap", lead, figure, alt, Table(columns, rows))
 
 
@@ -138,7 +138,7 @@ def load(sources: Sources) -> Section:
         "never routed to",
         "tokens of the median expert",
     ]
-    return Section("load", "Load", lead, figures.load(profile), alt, Table(columns, rows), notes)
+    return Section("load", "Load", lead, plots.load(profile), alt, Table(columns, rows), notes)
 
 
 def kept_mass(sources: Sources) -> Section:
@@ -174,4 +174,4 @@ def kept_mass(sources: Sources) -> Section:
         "the most possible",
         "kept of the routings",
     ]
-    return Section("mass", "Kept mass", lead, figures.mass(profile, sources.mask), alt, Table(columns, rows))
+    return Section("mass", "Kept mass", lead, plots.mass(profile, sources.mask), alt, Table(columns, rows))

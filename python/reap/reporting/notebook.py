@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from reap.errors import UsageError
-from reap.reporting import plots as figures
+from reap.reporting import plots
 from reap.scores.plan import PrunePlan
 from reap.scores.plan import plan as make_plan
 from reap.scores.profile import Profile
@@ -42,8 +42,8 @@ def plot(
     """
     if kind not in KINDS:
         raise UsageError(f"unknown kind of plot {kind!r}; known: {', '.join(KINDS)}")
-    if scaling not in figures.SCALINGS:
-        raise UsageError(f"unknown scaling {scaling!r}; known: {', '.join(figures.SCALINGS)}")
+    if scaling not in plots.SCALINGS:
+        raise UsageError(f"unknown scaling {scaling!r}; known: {', '.join(plots.SCALINGS)}")
     if plan is not None and keep is not None:
         raise UsageError("give either a plan or how many experts to keep")
     if plan is not None:
@@ -55,14 +55,14 @@ def plot(
 
 
 def _mass(profile: Profile, metric: str, mask: Mask | None, scaling: str) -> Any:
-    return figures.mass(profile, _needed(mask, "mass"))
+    return plots.mass(profile, _needed(mask, "mass"))
 
 
 def _metrics(profile: Profile, metric: str, mask: Mask | None, scaling: str) -> Any:
     keep = int(_needed(mask, "metrics")[0].sum())
     names = [name for name in known_metrics(profile) if name != "random"]
     values = overlaps([mask_by(profile, name, keep) for name in names])
-    return figures.matrix(names, values, keep / profile.n_experts, "of the kept experts in common")
+    return plots.matrix(names, values, keep / profile.n_experts, "of the kept experts in common")
 
 
 def _domains(profile: Profile, metric: str, mask: Mask | None, scaling: str) -> Any:
@@ -70,7 +70,7 @@ def _domains(profile: Profile, metric: str, mask: Mask | None, scaling: str) -> 
     if not profile.domains:
         raise UsageError("the profile has no domains")
     values = overlaps([mask_by(profile.domain(name), metric, keep) for name in profile.domains])
-    return figures.matrix(profile.domains, values, keep / profile.n_experts, "of the kept experts in common")
+    return plots.matrix(profile.domains, values, keep / profile.n_experts, "of the kept experts in common")
 
 
 def _needed(mask: Mask | None, kind: str) -> Mask:
@@ -80,10 +80,10 @@ def _needed(mask: Mask | None, kind: str) -> Mask:
 
 
 _DRAW: dict[str, Callable[[Profile, str, Mask | None, str], Any]] = {
-    "heatmap": lambda profile, metric, mask, scaling: figures.heatmap(profile, metric, mask, scaling=scaling),
-    "distribution": lambda profile, metric, mask, scaling: figures.distribution(profile, metric, mask),
-    "inequality": lambda profile, metric, mask, scaling: figures.inequality(profile, metric, mask),
-    "load": lambda profile, metric, mask, scaling: figures.load(profile),
+    "heatmap": lambda profile, metric, mask, scaling: plots.heatmap(profile, metric, mask, scaling=scaling),
+    "distribution": lambda profile, metric, mask, scaling: plots.distribution(profile, metric, mask),
+    "inequality": lambda profile, metric, mask, scaling: plots.inequality(profile, metric, mask),
+    "load": lambda profile, metric, mask, scaling: plots.load(profile),
     "mass": _mass,
     "metrics": _metrics,
     "domains": _domains,

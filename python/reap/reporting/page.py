@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from reap.files.atomic import write_whole
+from reap.files.paths import PathLike
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Page:
     """What the page's script needs: JSON types and packed arrays."""
 
 
-def write_page(page: Page, output: str | os.PathLike[str], *, force: bool) -> Path:
+def write_page(page: Page, output: PathLike, *, force: bool) -> Path:
     """Write the page, whole or not at all. Raises OutputError, and UsageError where a file is there without `force`."""
     return write_whole(output, render(page).encode("utf-8", "xmlcharrefreplace"), force=force)
 

@@ -18,7 +18,7 @@ from reap.files.formatting import percent_text as percent
 from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.pruning.sizing import measure_size
-from reap.reporting import plots as figures
+from reap.reporting import plots
 from reap.reporting.choice_sections import criteria, domains, low, provenance, super_experts_section
 from reap.reporting.experts_sections import distribution, experts, inequality, kept_mass, layer, load
 from reap.reporting.page import Page, Section, packed, write_page
@@ -194,4 +194,4 @@ def data(sources: Sources) -> dict[str, Any]:
         "norm_max": packed(profile.norm_max) if profile.trusted else None,
         "domains": {name: packed(share) for name, share in shares.items()},
     }
-    return {"experts": experts, "scale": figures.SCALE}
+    return {"experts": experts, "scale": plots.SCALE}

@@ -9,7 +9,7 @@ from reap.files.formatting import bytes_text
 from reap.files.formatting import number_text as number
 from reap.files.formatting import percent_text as percent
 from reap.pruning.sizing import ModelSize
-from reap.reporting import plots as figures
+from reap.reporting import plots
 from reap.reporting.gpu_fit import Fit, describe_fit, fits
 from reap.reporting.page import Section, Table
 from reap.reporting.report_sources import Sources
@@ -38,7 +38,7 @@ def quality(sources: Sources, sweep: Sweep) -> Iterator[Section]:
             "quality" if index == 0 else f"quality-{index}",
             title,
             "" if index else _QUALITY_LEAD,
-            figures.sweep_curve(curves or points, whole[0] if whole else None),
+            plots.sweep_curve(curves or points, whole[0] if whole else None),
             _best_by_size(points, verdicts),
             _points_table(points),
             () if index else sweep.warnings,
@@ -68,7 +68,7 @@ def sizes(sources: Sources, size: ModelSize) -> Section:
         notes.append(f"This model cannot be pruned: {sources.info.refusals[0]}")
     lead = "Of the file, to the byte. Only experts and routers shrink."
     return Section(
-        "sizes", "Sizes", lead, figures.sizes(size), alt, Table(["kind", "before", "after", "tensors"], rows), notes
+        "sizes", "Sizes", lead, plots.sizes(size), alt, Table(["kind", "before", "after", "tensors"], rows), notes
     )
 
 

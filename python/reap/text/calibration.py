@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import CalibrationError, UsageError
+from reap.files.paths import PathLike
 from reap.text.encoding import NO_TEMPLATE, Encoder, check_text, check_variables, read_template
 from reap.text.encoding import Tokenizer as Tokenizer
 from reap.text.messages import normalise_messages, normalise_tools
@@ -32,7 +33,7 @@ _SKIPS_NAMED = 100
 class TextArguments(TypedDict, total=False):
     """Keyword arguments that a function hands on to `Calibration`, where they are explained."""
 
-    chat_template: str | os.PathLike[str]
+    chat_template: PathLike
     mask: str
     parse_special: bool
     max_tokens: int | None
@@ -93,7 +94,7 @@ class Calibration:
         source: Source,
         *,
         ctx_size: int,
-        chat_template: str | os.PathLike[str] = NO_TEMPLATE,
+        chat_template: PathLike = NO_TEMPLATE,
         mask: str = "all",
         parse_special: bool = True,
         max_tokens: int | None = None,

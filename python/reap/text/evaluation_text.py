@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import CalibrationError, UsageError
+from reap.files.paths import PathLike
 from reap.files.recognise import unreadable_text
 from reap.text.calibration import Calibration, Tokenizer
 from reap.text.formats import TEXT, open_data
 from reap.text.sources import files_at
 from reap.text.streams import BLOCK, COMPRESSED_SUFFIXES, ByteStream
 
-Text = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Text = PathLike | Sequence[PathLike]
 
 
 @dataclass(frozen=True)

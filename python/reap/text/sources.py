@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import CalibrationError, UsageError
+from reap.files.paths import PathLike
 from reap.text.streams import COMPRESSED_SUFFIXES, STDIN, suffix_of
 
-Source = str | os.PathLike[str] | Iterable[Any] | Mapping[Any, Any]
+Source = PathLike | Iterable[Any] | Mapping[Any, Any]
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (".csv", ".tsv")

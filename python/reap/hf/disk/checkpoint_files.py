@@ -5,7 +5,6 @@ Nothing here loads a pickle, runs code of the checkpoint or needs torch, transfo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from reap.errors import FormatError, UsageError
+from reap.files.paths import PathLike
 from reap.files.strict_json import Node, parse_json, shorten
 from reap.hf.disk.discovery import CONFIG, INDEX, check_folder, find_weights, read_text, unnamed_files
 from reap.hf.disk.index import Difference, compare_index
@@ -58,7 +58,7 @@ class Checkpoint:
             self.shard_of |= {name: shard for name, shard in index["weight_map"].items() if name not in wrong}
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], trust: Trust | None = None) -> Checkpoint:
+    def open(cls, directory: PathLike, trust: Trust | None = None) -> Checkpoint:
         """Open a checkpoint of safetensors files.
 
         Args:

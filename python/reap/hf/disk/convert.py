@@ -23,6 +23,7 @@ from typing import Any
 import reap
 from reap.errors import EngineError, MissingExtraError, ReapError, UsageError
 from reap.files.atomic import check_output, written_elsewhere
+from reap.files.paths import PathLike
 from reap.files.recognise import absent_text
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
@@ -42,12 +43,12 @@ _HINTS = {
 
 
 def convert_checkpoint(
-    hf_dir: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    hf_dir: PathLike,
+    output: PathLike,
     *,
     outtype: str = "f16",
     pre: str | None = None,
-    converter: str | os.PathLike[str] | None = None,
+    converter: PathLike | None = None,
     prediction: bool = True,
     trust_remote_code: bool = False,
     force: bool = False,
@@ -96,7 +97,7 @@ def convert_checkpoint(
 convert = convert_checkpoint  # as `reap` calls it
 
 
-def find_converter(converter: str | os.PathLike[str] | None = None) -> Path:
+def find_converter(converter: PathLike | None = None) -> Path:
     """The directory of the converter's script: the argument, else the environment's, else the one installed with
     reap."""
     asked = converter if converter is not None else os.environ.get(SOURCE_VARIABLE) or None

@@ -285,8 +285,8 @@ def origin(info: CheckpointInfo) -> Origin:
 
 
 def provenance_keys(checkpoint: Checkpoint) -> dict[str, str | int | list[int]]:
-    """What reap.json says, as keys of a GGUF file (`pruner.prune` writes the same); nothing for a checkpoint that
-    nobody pruned.
+    """What reap.json says, as keys of a GGUF file (`reap.prune` writes the same); nothing for a checkpoint that was
+    never pruned.
 
     Raises FormatError for a damaged reap.json.
     """

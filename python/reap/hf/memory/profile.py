@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reap.engine.arguments import divide, shows
 from reap.errors import UnsupportedModelError, UsageError
+from reap.files.paths import PathLike
 from reap.gguf.router_sketch import RouterSketch, to_record
 from reap.hf.dependencies import require_extra
 from reap.hf.disk.discovery import CONFIG
@@ -25,7 +27,6 @@ from reap.hf.disk.info import (
 )
 from reap.hf.memory.loading import LoadArguments, LoadOptions, check_folder, load_model, load_tokenizer
 from reap.hf.memory.tokenizer import HFTokenizer
-from reap.profiling.arguments import divide, shows
 from reap.profiling.record import make_profile
 from reap.profiling.resume import SECONDS, ResumeFile, identify
 from reap.profiling.run import SHARED_SEQUENCES, measure
@@ -56,7 +57,7 @@ def profile(
     ctx_size: int = 2048,
     batch_size: int | None = None,
     threads: int | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: PathLike | None = None,
     resume: bool = False,
     checkpoint_seconds: float = SECONDS,
     progress: ProgressCallback | None = None,
@@ -224,7 +225,7 @@ class _Subject:
         return digest.hexdigest()
 
 
-def _from_folder(path: str | os.PathLike[str], options: LoadOptions, tokenizer: Any) -> _Subject:
+def _from_folder(path: PathLike, options: LoadOptions, tokenizer: Any) -> _Subject:
     folder = Path(path)
     check_folder(folder)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder, options)

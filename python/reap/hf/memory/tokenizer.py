@@ -1,4 +1,4 @@
-"""transformers' tokenizers as reap.calibration wants them."""
+"""transformers' tokenizers as `reap.text.calibration` wants them."""
 
 from __future__ import annotations
 
