@@ -44,7 +44,7 @@ NEMOTRON = Dimensions(
 
 
 def write_model(path: Path, d: Dimensions, kind: Type) -> Path:
-    """A GGUF without a tokenizer; matrices in `kind`, or in Q5_0 where a row is no whole number of its blocks (as
+    """A GGUF without a tokenizer; matrices in `kind`, or in Q5_0 where a row is not a whole number of its blocks (as
     llama-quantize does)."""
     writer = gguf.GGUFWriter(str(path), d.architecture)
     _add_keys(writer, d)

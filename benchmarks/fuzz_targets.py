@@ -353,7 +353,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def mutate_json(data: bytes, max_size: int, seed: int) -> bytes:
-    """One to three values of the document replaced, dropped or moved; where it is no JSON, and every third time, bytes
+    """One to three values of the document replaced, dropped or moved; where it is not JSON, and every third time, bytes
     changed."""
     import atheris
 

@@ -38,7 +38,7 @@ def bf16(rows: Rows) -> Rows:
 
 
 def quantised(rows: Rows, name: str) -> Rows | None:
-    """Rounded by ggml's own quantiser; None where a row is no whole number of blocks."""
+    """Rounded by ggml's own quantiser; None where a row is not a whole number of blocks."""
     kind = next(number for number, stored in TENSOR_TYPES.items() if stored.name == name)
     stored = TENSOR_TYPES[kind]
     if rows.shape[1] % stored.block_size:

@@ -51,7 +51,7 @@ class Difference:
 def compare(name: str, expected: Run, found: Run, n_listed: int) -> Difference:
     """Print where two runs differ.
 
-    What a flip in layer l of token t can reach is the same token and those behind it in its window, in the layers
+    What a flip in layer l of token t can reach is the same token and those after it in its window, in the layers
     above; that is set aside.
     """
     flipped = (expected.routed != found.routed).any(axis=-1)

@@ -408,7 +408,7 @@ def build_model(recipe: Recipe) -> Qwen3MoeForCausalLM:
 
 
 def bfloat16_copy(model: Qwen3MoeForCausalLM) -> Qwen3MoeForCausalLM:
-    """The copy that computes: bfloat16 but for the routers, its experts run by SortedExperts."""
+    """The copy that computes: bfloat16 except for the routers, its experts run by SortedExperts."""
     copy = Qwen3MoeForCausalLM(model.config).bfloat16()
     copy.set_attn_implementation("eager")  # in bfloat16 and at this length quicker than the fused one
     for layer in copy.model.layers:

@@ -11,7 +11,7 @@ the variant that the wheel chooses by itself, then a copy of the package with on
 for each that this processor can run.
 
 A routing that flips (another set of experts for a token in a layer) changes what the layers above it see, for that
-token and those behind it in its window: those are set aside. REAP is compared over what is left. With weights in F32 it
+token and those after it in its window: those are set aside. REAP is compared over what is left. With weights in F32 it
 must agree to 1e-5. With quantised weights the engine rounds activations to 8 bits as well, and where another
 instruction set adds up in another order a value now and then falls on the other side of a rounding: what that does is
 printed, the largest difference of an expert and the median.

@@ -14,7 +14,7 @@ const ggml_tensor * root_of(const ggml_tensor * t) {
     return t->view_src ? t->view_src : t;
 }
 
-// The ids that an expert output was computed with. A per-expert scale puts a MUL behind the MUL_MAT_ID; a bias an ADD_ID.
+// The ids that an expert output was computed with. A per-expert scale puts a MUL after the MUL_MAT_ID; a bias an ADD_ID.
 const ggml_tensor * ids_of(const ggml_tensor * output) {
     switch (output->op) {
         case GGML_OP_MUL_MAT_ID:
@@ -68,7 +68,7 @@ void Collector::poll() const {
     }
 }
 
-// True where the node was the mask's to write over, and so nobody else's.
+// True where the mask took the node, which is then of no other use.
 bool Collector::mask(ggml_tensor * node) {
     if (mask_ == nullptr || abandoned_ || (stopped_ && mode_ == Mode::Collect) || !mask_->wants(node)) {
         return false;

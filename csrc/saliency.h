@@ -49,7 +49,7 @@ struct SumsField {
     Join                   join;
 };
 
-// The only list of the fields: whatever has to touch all of them goes through for_each_field.
+// The only list of the fields: code that has to touch all of them goes through for_each_field.
 inline constexpr auto SUMS_FIELDS = std::make_tuple(
     SumsField<int64_t>{"counts", &Sums::counts, true, Join::Add}, SumsField<double>{"gate_sum", &Sums::gate_sum, true, Join::Add},
     SumsField<double>{"norm_sum", &Sums::norm_sum, true, Join::Add},
@@ -65,7 +65,7 @@ void for_each_field(const Visit & visit) {
     std::apply([&visit](const auto &... field) { (visit(field), ...); }, SUMS_FIELDS);
 }
 
-// Adds the layers of `from` behind those of `to`.
+// Adds the layers of `from` after those of `to`.
 void append_layers(Sums & to, const Sums & from);
 
 // Takes the last layer's row off.

@@ -43,7 +43,7 @@ def make_addon(wheel: Path, folder: Path, max_bytes: int = MOST_BYTES) -> Path:
     """The path of the new wheel. Raises ValueError for a wheel without CUDA, and for a result that is too large."""
     match = re.fullmatch(r"reap_moe-([^-]+)-cp\d+-cp\d+t?-(.+)\.whl", wheel.name)
     if match is None:
-        raise ValueError(f"{wheel.name}: is no wheel of reap-moe")
+        raise ValueError(f"{wheel.name}: is not a wheel of reap-moe")
     version, platform = match.groups()
     with zipfile.ZipFile(wheel) as source:
         if LIBRARY not in source.namelist():

@@ -87,7 +87,7 @@ static void test_saliency_refuses() {
     CHECK(throws<UsageError>([&] { saliency.reserve_groups(Saliency::MAX_GROUPS + 1); }));
 }
 
-// A prediction block's layer is put behind the others' and taken off again.
+// A prediction block's layer is put after the others' and taken off again.
 static void test_sums_in_layers() {
     Sums all(2, 3);
     Sums last(1, 3);

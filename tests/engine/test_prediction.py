@@ -4,7 +4,7 @@ before it.
 The model here is built so that the values are known. The prediction block is a copy of block 0, and its input
 projection takes either the token's embedding (of unit root mean square, so that its norm changes nothing: the block
 then computes what block 0 computes), or the hidden state (then the last token of a window, whose own hidden state
-nobody reads, must not matter).
+is never read, must not matter).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_fed_with_the_embedding_it_computes_what_block_0_computes(tmp_path: Path
 def test_fed_with_hidden_states_it_reads_that_of_the_token_before(tmp_path: Path) -> None:
     path = build(tmp_path / "m.gguf", "hidden")
     a, b = profile(path, lines((5, 9)), **EXACT), profile(path, lines((6, 10)), **EXACT)
-    assert (a.gated_norm_sum[2] == b.gated_norm_sum[2]).all()  # nobody reads the hidden state of the last token
+    assert (a.gated_norm_sum[2] == b.gated_norm_sum[2]).all()  # the hidden state of the last token is never read
     assert (a.gated_norm_sum[1] != b.gated_norm_sum[1]).any()
     taken = build(tmp_path / "t.gguf", "token")
     assert (profile(taken, lines((5, 9)), **EXACT).counts[2] != profile(taken, lines((6, 10)), **EXACT).counts[2]).any()

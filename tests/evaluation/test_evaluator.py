@@ -323,7 +323,7 @@ def test_texts_that_cannot_be_used(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"short\.txt: has \d+ tokens, expected at least one window of 512"):
         evaluate(model, short)
     (tmp_path / "binary.txt").write_bytes(b"abc\xff\xfe" * 1000)
-    with pytest.raises(CalibrationError, match=r"binary\.txt: is no UTF-8 text \(byte 3\)"):
+    with pytest.raises(CalibrationError, match=r"binary\.txt: is not UTF-8 text \(byte 3\)"):
         evaluate(model, tmp_path / "binary.txt")
     with pytest.raises(UsageError, match=r"nowhere\.txt: cannot be read"):
         evaluate(model, tmp_path / "nowhere.txt")

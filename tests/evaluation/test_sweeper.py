@@ -177,7 +177,7 @@ def test_a_clear_winner_and_none() -> None:
         (4, None),
         (4, "a"),
         (4, "b"),
-    ]  # alone at 6, nobody wins
+    ]  # alone at 6, there is no winner
     assert {(verdict.metric, verdict.runner_up, verdict.clear) for verdict in verdicts} == {("reap", "frequency", True)}
     assert verdicts[0].margin == pytest.approx(0.3)
     even = sweeping(FakeEvaluator(), choices_of(make_profile()))

@@ -356,7 +356,7 @@ def test_no_byte_of_the_header_can_do_worse_than_a_format_error(small_file: byte
             assert file.data(tensor).nbytes == tensor.n_bytes
 
 
-# ---- paths that are no files
+# ---- paths that are not files
 
 
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:

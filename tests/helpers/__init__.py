@@ -1,1 +1,1 @@
-"""What tests use and what is no test. Oracles never import reap."""
+"""What tests use and what is not a test. Oracles never import reap."""

@@ -118,7 +118,7 @@ class _Check:
     # ---- the graph's own values
 
     def measure(self) -> dict[int, Sums]:
-        """Choose samples whose routing is no matter of luck, and add up their nodes."""
+        """Choose samples whose routing does not depend on luck, and add up their nodes."""
         rng = np.random.default_rng(0)
         candidates = rng.integers(0, 100, (N_CANDIDATES, SAMPLE_TOKENS)).tolist()
         assert self.dump_program is not None
@@ -237,7 +237,7 @@ class _Check:
             session.set_kept(mine)
             for sample, logits in zip(tokens, found, strict=True):
                 ok &= self.agree("virtual", session.logits(sample, 0), logits, 1e-5)
-                # graphs drop the tokens whose logits nobody wants before the last layer, which then sees fewer than the
+                # graphs drop the tokens whose logits are not wanted before the last layer, which then sees fewer than the
                 # others
                 ok &= self.agree(
                     "virtual", session.logits(sample, SAMPLE_TOKENS // 2), logits[SAMPLE_TOKENS // 2 :], 1e-5

@@ -440,7 +440,7 @@ def test_interrupting_the_command(folder: Path, tmp_path: Path) -> None:
         "--checkpoint",
         str(kept),
     ]
-    # the command itself, but for a checkpoint after every sample: the first one says that it is measuring
+    # the command itself, except for a checkpoint after every sample: the first one says that it is measuring
     script = f"""
 import functools, sys
 import reap.hf

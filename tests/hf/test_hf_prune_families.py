@@ -254,7 +254,7 @@ def test_prediction_layers_of_deepseek_lose_as_many(cases: Callable[[str], Case]
 
 @pytest.mark.parametrize("family", ["qwen3_next", "nemotronh"])
 def test_prediction_blocks_with_a_name_of_their_own(cases: Callable[[str], Case], tmp_path: Path, family: str) -> None:
-    """`mtp.layers.N` gets the number behind the ordinary layers, as the converter gives it."""
+    """`mtp.layers.N` gets the number after the ordinary layers, as the converter gives it."""
     from safetensors.torch import load_file
 
     from helpers import checkpoint_models

@@ -120,7 +120,7 @@ def test_out_of_memory_says_what_to_lower(model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def broken_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token 63 has an infinite embedding: whatever holds it fails."""
+    """Token 63 has an infinite embedding: a sample with it fails."""
     path = build_moe(tmp_path_factory.mktemp("broken") / "broken.gguf", n_layers=2)
     reader = gguf.GGUFReader(str(path), "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")

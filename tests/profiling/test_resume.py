@@ -101,7 +101,7 @@ def test_a_line_that_cannot_be_read_keeps_what_came_before(tmp_path: Path) -> No
     with pytest.raises(CalibrationError, match=r"c\.jsonl:21: is not JSON.*the run ended after \d+ samples, which .*"):
         run(path, keeper(kept, seconds=1e9))
     units = json.loads(kept.read_text())["units"]
-    assert units >= len(LINES) - 2  # but for those that wait to share a batch
+    assert units >= len(LINES) - 2  # except those that wait to share a batch
     path.write_text("".join([*good, *good]))
     counting = CountingSession(6, 2, is_late=False, before=lambda: None)
     result = measure(counting, Bytes(), Calibration(path, ctx_size=8), keeper(kept))

@@ -44,7 +44,7 @@ def spans(text: str) -> list[str]:
 
 
 def commands(lines: Iterator[str] | list[str]) -> Iterator[list[str]]:
-    """The words behind `reap` of every call of it."""
+    """The words after `reap` of every call of it."""
     for line in lines:
         for part in line.split(" && "):
             if part.startswith("reap "):

@@ -49,7 +49,7 @@ def pruned(path: Path, layers: Mapping[int, Sequence[int]] = KEPT, **options: An
 
 
 def assert_cut(source: Path, output: Path, layers: Mapping[int, Sequence[int]], cut_names: set[str]) -> None:
-    """`output` holds the tensors of `source`, those in `cut_names` (behind `blk.N.`) only with the rows in `layers`."""
+    """`output` holds the tensors of `source`, those in `cut_names` (after `blk.N.`) only with the rows in `layers`."""
     before, after = GGUFReader(source).tensors, GGUFReader(output).tensors
     assert [tensor.name for tensor in after] == [tensor.name for tensor in before]
     n_cut = 0

@@ -308,7 +308,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def opened(chromium: Browser, path: Path, **options: Any) -> None:
-    """Open a page; it draws everything, asks nobody for anything and complains of nothing."""
+    """Open a page; it draws everything, fully offline, without a complaint."""
     chromium.requests()
     chromium.open(path, **options)
     n_figures = chromium.run(

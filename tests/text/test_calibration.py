@@ -35,7 +35,7 @@ class SpacePrefixTokenizer(ByteTokenizer):
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         ids = super().tokenize(" " + text, add_special=add_special, parse_special=parse_special)
-        return [*ids, 257]  # and an EOS behind it
+        return [*ids, 257]  # and an EOS after it
 
 
 def windows_of(source: Any, tokenizer: Any = None, ctx_size: int = 1000, **options: Any) -> list[Window]:

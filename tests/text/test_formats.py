@@ -554,7 +554,7 @@ def test_a_parquet_file_of_one_row_group_takes_little_memory(tmp_path: Path) -> 
     assert peak < 200
 
 
-# ---- whatever a file holds, it is read or refused in words
+# ---- every file is read, or refused in words
 
 rows_of_anything = st.dictionaries(
     st.sampled_from(sorted(KEYS)), values | st.text(max_size=9) | st.lists(values, max_size=3), max_size=6

@@ -50,7 +50,7 @@ def test_of_a_large_one_the_share_is_estimated() -> None:
     calibration = random_text(1, 100_000)
     sketch = sketch_of(*np.split(calibration, 100))
     assert len(sketch.hashes) == CAPACITY
-    assert sketch.look_up(calibration[5000:15_000]).share > 0.95  # but for the windows across the hundred parts
+    assert sketch.look_up(calibration[5000:15_000]).share > 0.95  # all except the windows across the hundred parts
     assert sketch.look_up(random_text(2, 100_000)).found == 0
     half = np.concatenate([calibration[:10_000], random_text(3, 10_000)])
     overlap = sketch.look_up(half)

@@ -37,7 +37,7 @@ struct State {
     std::map<int, std::vector<int>> removed;
 };
 
-// Layer of a node named `ffn_moe_<kind>-<layer>` and nothing behind it, or -1. Views inherit names with a suffix.
+// Layer of a node named `ffn_moe_<kind>-<layer>` and nothing after it, or -1. Views inherit names with a suffix.
 int layer_of(const char * name) {
     const char * dash = std::strrchr(name, '-');
     if (std::strncmp(name, "ffn_moe_", 8) != 0 || dash == nullptr || dash[1] == '\0') {

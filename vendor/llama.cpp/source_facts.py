@@ -41,7 +41,7 @@ KEYS = {
 @dataclass(frozen=True)
 class Facts:
     """Names in a tree. nodes: of the graph. tensors: of a block, as the loader asks for them -> the suffixes that it
-    asks for. keys: of the header, behind the architecture. architectures, pre_tokenizers: as files name them."""
+    asks for. keys: of the header, after the architecture. architectures, pre_tokenizers: as files name them."""
 
     nodes: frozenset[str]
     tensors: dict[str, frozenset[str]]

@@ -1,4 +1,4 @@
-"""demo: the whole road on the small model that comes with reap."""
+"""demo: the whole pipeline on the small model that comes with reap."""
 
 from __future__ import annotations
 

@@ -258,12 +258,12 @@ def _check_finite(root: object) -> None:
 
 
 def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def json_bytes(document: dict[str, Any]) -> bytes:
     """A document as reap writes it: objects are indented, lists stand on one line, doubles survive exactly."""
-    # A file name that is no UTF-8 holds lone surrogates; written out, backslashreplace gives their JSON escape.
+    # A file name that is not UTF-8 holds lone surrogates; written out, backslashreplace gives their JSON escape.
     return (_format(document, 0) + "\n").encode("utf-8", "backslashreplace")
 
 

@@ -145,7 +145,7 @@ def _check_layers(info: Prunable, plan: PrunePlan) -> None:
         )
     unknown = sorted(set(plan.layers) - set(info.moe_layers))
     if unknown:
-        raise MismatchError(f"the plan names layers {unknown}, which are no MoE layers of {info.path}")
+        raise MismatchError(f"the plan names layers {unknown}, which are not MoE layers of {info.path}")
 
 
 def _check_kept(layer: int, kept: tuple[int, ...], keep: int, info: Prunable) -> None:

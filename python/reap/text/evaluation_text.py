@@ -172,7 +172,7 @@ def _decode(stream: ByteStream, path: str) -> str:
     try:
         return b"".join(parts).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: is no UTF-8 text (byte {error.start})") from error
+        raise CalibrationError(f"{path}: is not UTF-8 text (byte {error.start})") from error
 
 
 def cut_windows(tokens: Sequence[int], ctx_size: int, tokenizer: Tokenizer) -> Iterator[NDArray[np.int32]]:

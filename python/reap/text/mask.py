@@ -40,7 +40,7 @@ class Frame:
 
     @classmethod
     def learn(cls, render: Render) -> Frame:
-        """The frame of whatever `render` renders; what cannot be learnt is empty."""
+        """The frame that `render` puts around turns; what cannot be learnt is empty."""
         answer: Message = {"role": "assistant", "content": "answer"}
         try:
             plain, asked = (render([_USER], prompt) for prompt in (False, True))

@@ -108,7 +108,7 @@ def _allow_long_fields() -> None:
 def looks_like_csv(head: bytes, known: Sequence[frozenset[str]]) -> bool:
     """Whether a text begins as a table does: a line of names, and rows of as many values.
 
-    known: sets of names, any of which a table that can be used has. Words of prose with commas between them are no
+    known: sets of names, any of which a table that can be used has. Words of prose with commas between them are not
     names: a space follows the comma.
     """
     text = head.decode("utf-8", "ignore")

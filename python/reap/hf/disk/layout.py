@@ -307,9 +307,9 @@ def _number(checkpoint: Checkpoint, blocks: list[str]) -> tuple[dict[int, str], 
         layers[int(numbers[-1])] = block
     named = [int(number) for name in checkpoint.shard_of if not is_apart(name) for number in _LAYER.findall(name)[:1]]
     n_layers = checkpoint_layers(checkpoint) or max(named, default=0) + 1
-    behind = max(n_layers, max(layers, default=-1) + 1)
+    first = max(n_layers, max(layers, default=-1) + 1)
     for rank, block in enumerate(sorted((block for block in blocks if block not in ordinary), key=_natural)):
-        layers[behind + rank] = block
+        layers[first + rank] = block
     return dict(sorted(layers.items())), n_layers, tuple(layer for layer in sorted(layers) if layer >= n_layers)
 
 

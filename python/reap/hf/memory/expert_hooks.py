@@ -2,7 +2,7 @@
 
 Experts that share tensors (transformers' own) are called as experts(hidden [n, d], ids [n, k], gates [n, k]) and return
 the gated sum. Such a call is replaced by one in which every routing is a token of its own, with a gate of one: what
-comes back are the outputs f themselves, computed once, by whatever implementation the model has chosen (eager, grouped
+comes back are the outputs f themselves, computed once, by the implementation that the model has chosen (eager, grouped
 or batched products), biases and scales included. Their norms are taken, and the sum of gate times f goes on to the
 model.
 

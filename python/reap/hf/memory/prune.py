@@ -180,7 +180,7 @@ def _take(tensor: Tensor, ids: Tensor, axis: int) -> Tensor:
 
 
 def _cut_list(experts: nn.Module, kept: Sequence[int]) -> None:
-    """The modules themselves stay the same objects, with whatever hangs on them."""
+    """The modules themselves stay the same objects, with everything that refers to them."""
     modules = dict(experts._modules)
     numbered = {key: module for key, module in modules.items() if key.isdigit()}
     experts._modules.clear()
