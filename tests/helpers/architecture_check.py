@@ -237,8 +237,7 @@ class _Check:
             session.set_kept(mine)
             for sample, logits in zip(tokens, found, strict=True):
                 ok &= self.agree("virtual", session.logits(sample, 0), logits, 1e-5)
-                # graphs drop the tokens whose logits are not wanted before the last layer, which then sees fewer than the
-                # others
+                # graphs drop the tokens whose logits are not wanted before the last layer, which then sees fewer tokens
                 ok &= self.agree(
                     "virtual", session.logits(sample, SAMPLE_TOKENS // 2), logits[SAMPLE_TOKENS // 2 :], 1e-5
                 )

@@ -294,6 +294,11 @@ def test_every_field_is_explained() -> None:
     assert explained > 400
 
 
+def test_the_type_of_a_path_is_spelled_once() -> None:
+    spelled = [dotted(path) for path in sources() if "str | os.PathLike[str]" in path.read_text()]
+    assert spelled == ["files.paths"]
+
+
 def hand_on() -> Iterator[tuple[Any, Any]]:
     """Each set of keyword arguments that functions hand on, and what explains them and has their defaults."""
     from reap.engine.options import EngineArguments, EngineOptions

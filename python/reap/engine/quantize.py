@@ -23,9 +23,9 @@ from typing import IO, TYPE_CHECKING, Any, TypedDict
 
 import reap
 from reap.engine import native
-from reap.engine.arguments import divide, shows
 from reap.engine.options import MOST_THREADS, usable_cores
 from reap.errors import EngineError, FormatError, MismatchError, OutputError, UnsupportedModelError, UsageError
+from reap.files.arguments import divide, shows
 from reap.files.atomic import check_output, check_space, written_elsewhere
 from reap.files.paths import PathLike
 from reap.gguf.experts import read_architecture

@@ -61,7 +61,7 @@ def open_vocabulary(path: PathLike) -> SessionTokenizer:
     return SessionTokenizer(native.load().Vocabulary(os.fspath(path)))
 
 
-def _check_types(path: str | os.PathLike[str]) -> None:
+def _check_types(path: PathLike) -> None:
     """The engine's own word for a type that it does not know is "invalid ggml type"."""
     with GGUFModel.open(path) as model:
         refusal = engine_refusal(model)

@@ -6,10 +6,10 @@ import warnings
 from typing import TYPE_CHECKING
 
 from reap.engine import native
-from reap.engine.arguments import divide, shows
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import ReapWarning, UnsupportedModelError, UsageError
+from reap.files.arguments import divide, shows
 from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
 from reap.profiling.record import make_profile

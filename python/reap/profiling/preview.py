@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reap.engine.arguments import divide, shows
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.engine.session import open_session, open_vocabulary
 from reap.errors import UsageError
+from reap.files.arguments import divide, shows
 from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
 from reap.profiling.gguf import Arguments

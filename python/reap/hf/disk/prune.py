@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap.errors import FormatError, OutputError, UsageError
+from reap.files.arguments import divide, shows
 from reap.files.atomic import check_space, paths_of, write
 from reap.files.atomic_directory import check_output_directory, new_directory
 from reap.files.paths import PathLike
@@ -23,7 +24,6 @@ from reap.hf.disk.layout import CheckpointLayout, read_checkpoint_layout
 from reap.hf.disk.mentions import counts_in_texts, mentions_in_files
 from reap.hf.disk.safetensors_file import StoredTensor
 from reap.hf.disk.side_files import FileArguments, FileOptions, SideFile, left_out, sort_side_files
-from reap.profiling.arguments import divide, shows
 from reap.progress import Progress, ProgressCallback
 from reap.pruning.compatibility import check_plan, plan_warnings
 from reap.pruning.gguf import VERIFY_MODES, PruneReport, Verify

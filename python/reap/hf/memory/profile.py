@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap.engine.arguments import divide, shows
 from reap.errors import UnsupportedModelError, UsageError
+from reap.files.arguments import divide, shows
 from reap.files.paths import PathLike
 from reap.gguf.router_sketch import RouterSketch, to_record
 from reap.hf.dependencies import require_extra
