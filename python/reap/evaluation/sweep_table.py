@@ -171,7 +171,7 @@ class Sweep:
         UsageError where that leaves more than one."""
         return find_winner(self, keep)
 
-    def plan(self, profile: Profile | str | os.PathLike[str] | None = None, *, keep: Keep | None = None) -> PrunePlan:
+    def plan(self, profile: Profile | PathLike | None = None, *, keep: Keep | None = None) -> PrunePlan:
         """The winner's plan: `winning_plan`. `profile`: that the sweep was made with; None: the file that it names."""
         return winning_plan(self, profile, keep=keep)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap.errors import MismatchError, UsageError
 from reap.files.formatting import number_text
+from reap.files.paths import PathLike
 from reap.scores.plan import PrunePlan, parse_protect, plan
 from reap.scores.profile import METRICS, Profile
 from reap.scores.ranking import Keep, resolve_keep
@@ -104,9 +105,7 @@ def _winner_at(table: Sweep, keep: int) -> Winner:
     return Winner(found, verdict)
 
 
-def winning_plan(
-    table: Sweep, profile: Profile | str | os.PathLike[str] | None = None, *, keep: Keep | None = None
-) -> PrunePlan:
+def winning_plan(table: Sweep, profile: Profile | PathLike | None = None, *, keep: Keep | None = None) -> PrunePlan:
     """The plan of the winner, made again from the profile, and compared with what the sweep judged.
 
     Args:
