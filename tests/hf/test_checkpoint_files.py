@@ -51,7 +51,7 @@ def pruned_names(layers: int = 2) -> set[str]:
 
 def refused(tmp_path: Path, *parts: str, **options: Any) -> str:
     with pytest.raises(ReapError) as raised:
-        prune(tmp_path / "in", tmp_path / "out", plan_of(), **options)
+        prune(tmp_path / "in", tmp_path / "out", options.pop("plan", plan_of()), **options)
     said = str(raised.value)
     assert all(part in said for part in parts), said
     assert "\n" not in said
@@ -225,3 +225,68 @@ def test_many_files_are_named_in_part(tmp_path: Path) -> None:
         put(tmp_path / "in", f"ple/{number}.bin")
     said = refused(tmp_path, "has 9 files with weights", "ple/0.bin", "and 6 more")
     assert len(said) < 600
+
+
+# ---- prediction layers
+
+
+def head(n_experts: int = N_EXPERTS, **changes: Any) -> Any:
+    """An MTP block with its experts."""
+    tensors = {
+        name.replace("model.layers.0", "mtp.layers.0"): value
+        for name, value in qwen((0,), n_experts=n_experts).items()
+        if ".mlp." in name
+    }
+    return tensors | changes | {"mtp.fc.weight": ("BF16", (N_EMBD, N_EMBD))}
+
+
+HEADS: dict[str, tuple[Any, str]] = {
+    "another number of experts": (
+        head(4),
+        "mtp.layers.0.mlp, which is for prediction (MTP), has 4 experts, and the other layers have 8; leave it out with"
+        " --drop-mtp",
+    ),
+    "a tensor that is not known": (
+        head() | {"mtp.layers.0.mlp.balance": ("F32", (8,))},
+        "mtp.layers.0.mlp.balance [8] may belong to the experts",
+    ),
+    "a packed router": (
+        head() | {"mtp.layers.0.mlp.gate.weight_scale_inv": ("F32", (1, 2))},
+        "weight_scale_inv [1, 2] may belong to the experts",
+    ),
+    "no router": (
+        {name: value for name, value in head().items() if "gate.weight" not in name},
+        "mtp.layers.0.mlp has experts, but no router",
+    ),
+    "an expert that is missing": (
+        {name: value for name, value in head().items() if ".experts.3." not in name},
+        "mtp.layers.0.mlp.experts has 7 experts, but no number 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_what_is_left_out_is_not_refused(tmp_path: Path, case: str) -> None:
+    tensors, message = HEADS[case]
+    names = ["mtp.layers.0.mlp.experts.1.up_proj", "lm_head", "model.layers.0.mlp.experts.1.up_proj"]
+    document = config(num_nextn_predict_layers=1, quantization_config={"ignore": names})
+    build(tmp_path / "in", qwen() | tensors, document, n_shards=2)
+    kept = {**KEPT, 2: (0, 1, 2, 3)}
+    refused(tmp_path, message, plan=plan_of(kept))
+    for number, plan in enumerate((plan_of(), plan_of(kept))):
+        report = prune(tmp_path / "in", tmp_path / f"out{number}", plan, drop_prediction=True, verify="full")
+        check_output(tmp_path / f"out{number}", pruned_names())
+        document = json.loads((tmp_path / f"out{number}" / "config.json").read_text())
+        assert document["num_nextn_predict_layers"] == 0
+        assert document["quantization_config"]["ignore"] == ["lm_head", "model.layers.0.mlp.experts.0.up_proj"]
+        assert "the prediction (MTP) layers [2] were left out" in report.warnings
+
+
+def test_layers_that_differ_are_no_heads(tmp_path: Path) -> None:
+    build(tmp_path / "in", qwen((0,)) | qwen((1,), n_experts=4), config())
+    refused(tmp_path, "model.layers.1.mlp has 4 experts and model.layers.0.mlp has 8", drop_prediction=True)
+
+
+def test_a_head_with_experts_on_a_dense_trunk_is_no_model_of_experts(tmp_path: Path) -> None:
+    build(tmp_path / "in", head() | NORM, config())
+    refused(tmp_path, "is it a dense model", drop_prediction=True)

@@ -145,7 +145,7 @@ def prune(
     """Write a checkpoint without the experts that a plan removes; needs no PyTorch."""
     chosen = choice.choose()
     if gguf is not None:
-        hf.compare_with_gguf(checkpoint_dir, gguf)
+        hf.compare_with_gguf(checkpoint_dir, gguf, drop_prediction=drop_mtp)
     with progress_bar("writing") as progress:
         report = hf.prune(
             checkpoint_dir,

@@ -47,7 +47,6 @@ class _Block:
 
     name: str
     tail: str
-    is_prediction: bool
     kept: Sequence[int]
 
 
@@ -66,8 +65,8 @@ class ExpertNames:
         """kept: layer -> ids that stay; a MoE layer that is not in it is left out. names: of all tensors."""
         self._layout, self._names = layout, names
         self._blocks = {
-            name: _Block(name, _tail(name), layer in layout.prediction_layers, kept.get(layer, ()))
-            for layer, name in layout.blocks.items()
+            name: _Block(name, _tail(name), kept.get(layer, ()))
+            for layer, name in (*layout.blocks.items(), *layout.dropped.items())
         }
         self._by_tail: dict[str, list[_Block]] = {}
         for block in self._blocks.values():

@@ -67,11 +67,13 @@ class CheckpointInfo:
     """Why it cannot be pruned, one sentence each; empty if it can."""
     trust: Trust | None = "named"
     """What `Checkpoint.open` was given."""
+    drop_prediction: bool = False
+    """Whether prediction layers were not looked at."""
 
     @cached_property
     def routers(self) -> RouterSketch:
         """A sketch of the routers' numbers (`reap.gguf.router_sketch`), read from the files when it is asked for."""
-        return sketch_folder(self.path, self.trust)
+        return sketch_folder(self.path, self.trust, drop_prediction=self.drop_prediction)
 
     @property
     def older_fingerprints(self) -> tuple[str, ...]:
@@ -137,6 +139,7 @@ def describe_checkpoint(checkpoint: Checkpoint, layout: CheckpointLayout) -> Che
         provenance=_read_provenance(checkpoint, layout),
         refusals=layout.refusals,
         trust=checkpoint.trust,
+        drop_prediction=bool(layout.dropped),
     )
 
 
@@ -240,10 +243,10 @@ def read_vocabulary(directory: Path) -> str | None:
         return None  # it is not the weights; what reads it is transformers
 
 
-def sketch_folder(directory: Path, trust: Trust | None = "named") -> RouterSketch:
+def sketch_folder(directory: Path, trust: Trust | None = "named", *, drop_prediction: bool = False) -> RouterSketch:
     """The sketch of a checkpoint's routers, whose rows are those of the GGUF file that it becomes."""
     with Checkpoint.open(directory, trust) as checkpoint:
-        layout = read_checkpoint_layout(checkpoint)
+        layout = read_checkpoint_layout(checkpoint, drop_prediction=drop_prediction)
         names = {layer: layout.router_weight(layer) for layer in layout.moe_layers}
         return {
             layer: sketch_router(_router(checkpoint, checkpoint.tensor(name)))

@@ -47,8 +47,7 @@ class Job:
         self, checkpoint: Checkpoint, layout: CheckpointLayout, info: CheckpointInfo, plan: PrunePlan, drop: bool
     ) -> None:
         self.checkpoint, self.layout, self.info, self.plan, self.drop = checkpoint, layout, info, plan, drop
-        layers = [layer for layer in layout.moe_layers if not (drop and layer in layout.prediction_layers)]
-        self.kept: Kept = {layer: plan.layers[layer] for layer in layers}
+        self.kept: Kept = {layer: plan.layers[layer] for layer in layout.moe_layers}
         self.place = {layer: {expert: row for row, expert in enumerate(kept)} for layer, kept in self.kept.items()}
         self.names = ExpertNames(layout, self.kept, list(checkpoint.shard_of))
         self.texts: Mapping[str, str] = {}

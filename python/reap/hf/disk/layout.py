@@ -11,8 +11,8 @@ gguf-py/gguf/tensor_mapping.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from reap.errors import FormatError, UnsupportedModelError
@@ -98,6 +98,8 @@ class CheckpointLayout:
     """What config.json says."""
     refusals: tuple[str, ...]
     """Why it cannot be pruned, one sentence each; empty if it can."""
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Layer -> name of the MoE block, of the prediction layers that were not looked at because they are left out."""
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -114,20 +116,24 @@ class CheckpointLayout:
         return next((name for name in self.routers(layer) if _ROUTER_WEIGHT.fullmatch(name[inside:])), None)
 
 
-def read_checkpoint_layout(checkpoint: Checkpoint) -> CheckpointLayout:
-    """Find the experts of a checkpoint.
+def read_checkpoint_layout(checkpoint: Checkpoint, *, drop_prediction: bool = False) -> CheckpointLayout:
+    """Find the experts of a checkpoint; with `drop_prediction` those of prediction (MTP) layers are not looked at.
 
     Raises FormatError where names, shapes and config.json contradict each other, UnsupportedModelError for a dense
     model and for one that cannot be understood at all; what only forbids pruning is in `refusals`.
     """
     finder = _Finder(checkpoint)
-    blocks = finder.blocks()
-    if not blocks:
+    layers, n_layers, prediction = _number(checkpoint, finder.blocks())
+    dropped = {layer: layers[layer] for layer in prediction} if drop_prediction else {}
+    if drop_prediction:
+        finder = _Finder(checkpoint, n_layers)
+        layers = {layer: block for layer, block in layers.items() if layer not in dropped}
+        prediction = ()
+    if not layers:
         raise UnsupportedModelError(
             f"{checkpoint.directory}: has no experts in a form that reap knows; is it a dense model?"
         )
-    layers, n_layers, prediction = _number(checkpoint, blocks)
-    n_experts = finder.count(blocks)
+    n_experts = finder.count(layers.values(), {layers[layer] for layer in prediction})
     follows: dict[str, Follows] = {}
     refusals: list[str] = []
     for layer, block in layers.items():
@@ -136,16 +142,21 @@ def read_checkpoint_layout(checkpoint: Checkpoint) -> CheckpointLayout:
         refusals += problems
     refusals += finder.unclaimed_tensors(follows)
     counts = read_counts(checkpoint, n_experts)
-    return CheckpointLayout(n_layers, n_experts, layers, prediction, follows, counts, tuple(dict.fromkeys(refusals)))
+    unique = tuple(dict.fromkeys(refusals))
+    return CheckpointLayout(n_layers, n_experts, layers, prediction, follows, counts, unique, dropped)
 
 
 class _Finder:
     """The stored tensors by the block that they are in."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, n_layers: int | None = None) -> None:
+        """n_layers: where prediction layers are left out, the number of the others."""
         self.where = checkpoint.directory
         self.tensors = {
-            tensor.name: tensor for tensor in checkpoint.tensors if not _TOWERS & set(tensor.name.split("."))
+            tensor.name: tensor
+            for tensor in checkpoint.tensors
+            if not _TOWERS & set(tensor.name.split("."))
+            and (n_layers is None or not is_of_prediction(tensor.name, n_layers))
         }
         self.single: dict[str, dict[str, tuple[int, str, str]]] = {}  # block -> name -> expert, prefix, suffix
         self.fused: dict[str, dict[str, str]] = {}  # block -> name -> name after `experts.`
@@ -194,16 +205,28 @@ class _Finder:
             None,
         )
 
-    def count(self, blocks: Iterable[str]) -> int:
-        """The number of experts, the same in all blocks and, in each, in the router."""
+    def count(self, blocks: Iterable[str], prediction: Collection[str]) -> int:
+        """The number of experts, the same in all blocks and, in each, in the router. prediction: the blocks that are
+        of prediction layers."""
         counts = {block: self._count(block) for block in blocks}
-        if len(set(counts.values())) > 1:
-            few, many = (choose(counts, key=counts.__getitem__) for choose in (min, max))
-            raise UnsupportedModelError(
-                f"{self.where}: {few} has {counts[few]} experts and {many} has {counts[many]}; reap prunes models with"
-                " the same number in every layer"
+        if len(set(counts.values())) == 1:
+            return next(iter(counts.values()))
+        trunk = {block: n for block, n in counts.items() if block not in prediction}
+        heads = [block for block in counts if block in prediction]
+        if len(set(trunk.values())) == 1:
+            n_experts, head = (
+                next(iter(trunk.values())),
+                next(one for one in heads if counts[one] not in trunk.values()),
             )
-        return next(iter(counts.values()))
+            raise UnsupportedModelError(
+                f"{self.where}: {head}, which is for prediction (MTP), has {counts[head]} experts, and the other layers"
+                f" have {n_experts}; leave it out with --drop-mtp (drop_prediction=True)"
+            )
+        few, many = (choose(counts, key=counts.__getitem__) for choose in (min, max))
+        raise UnsupportedModelError(
+            f"{self.where}: {few} has {counts[few]} experts and {many} has {counts[many]}; reap prunes models with"
+            " the same number in every layer"
+        )
 
     def _count(self, block: str) -> int:
         router = self.router(block)

@@ -40,14 +40,15 @@ class ModelMatch:
     """The largest of |a − b| / max|a| over these routers; of a quantised router, of ‖a − b‖ / ‖a‖."""
 
 
-def compare_with_gguf(hf_dir: PathLike, gguf: PathLike) -> ModelMatch:
+def compare_with_gguf(hf_dir: PathLike, gguf: PathLike, *, drop_prediction: bool = False) -> ModelMatch:
     """Check that the GGUF file was made of the checkpoint, with layers and experts in the same places.
 
     Raises MismatchError that says where they differ, and what opening either of them raises. Prediction layers that one
-    of them lacks are passed over.
+    of them lacks are passed over, with `drop_prediction` all that the checkpoint has.
     """
     with Checkpoint.open(hf_dir, trust="named") as checkpoint, GGUFModel.open(gguf) as model:
-        layout, experts = read_checkpoint_layout(checkpoint), read_layout(model)
+        layout = read_checkpoint_layout(checkpoint, drop_prediction=drop_prediction)
+        experts = read_layout(model)
         info, model_info = describe_checkpoint(checkpoint, layout), describe(model)
         require_moe(model_info)
         layers = _check_counts(info, model_info)

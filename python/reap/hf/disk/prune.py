@@ -92,10 +92,9 @@ def prune(
     check_output_directory(target, map(Path, paths_of(source, plan, profile)), marker=CONFIG, force=force)
     the_plan = _choose(plan, profile, keep, metric)
     with Checkpoint.open(source, which.trust) as checkpoint:
-        layout = read_checkpoint_layout(checkpoint)
+        layout = read_checkpoint_layout(checkpoint, drop_prediction=drop_prediction)
         info = describe_checkpoint(checkpoint, layout)
-        dropped = layout.prediction_layers if drop_prediction else ()
-        the_plan = _check(info, the_plan, dropped, allow_mismatch=allow_mismatch)
+        the_plan = _check(info, the_plan, layout, allow_mismatch=allow_mismatch)
         job = Job(checkpoint, layout, info, the_plan, drop_prediction)
         files, side, left = job.files(), *sort_side_files(checkpoint, layout, which)
         sizes = {target / name: file.n_bytes for name, file in files.items()} | {
@@ -131,13 +130,11 @@ def _choose(plan: Any, profile: Any, keep: Keep | None, metric: str) -> PrunePla
     raise UsageError("give either a plan, or a profile and keep")
 
 
-def _check(info: CheckpointInfo, plan: PrunePlan, dropped: tuple[int, ...], *, allow_mismatch: bool) -> PrunePlan:
+def _check(info: CheckpointInfo, plan: PrunePlan, layout: CheckpointLayout, *, allow_mismatch: bool) -> PrunePlan:
     """The plan, without the layers that are left out. Raises what `check_plan` raises."""
-    if dropped:
-        info = replace(info, moe_layers=tuple(layer for layer in info.moe_layers if layer not in dropped))
-        plan = replace(plan, layers={layer: kept for layer, kept in plan.layers.items() if layer not in dropped})
+    plan = replace(plan, layers={layer: kept for layer, kept in plan.layers.items() if layer not in layout.dropped})
     missing = [layer for layer in info.moe_layers if layer not in plan.layers]
-    if missing and missing[0] >= info.n_layers - info.n_prediction_layers and not dropped:
+    if missing and missing[0] in layout.prediction_layers:
         raise UsageError(
             f"the plan says nothing about the prediction (MTP) layers {missing} of {info.path}, which transformers does"
             " not run; leave them out with --drop-mtp (drop_prediction=True), or make the plan of the GGUF file, where"
@@ -249,8 +246,8 @@ def _warnings(
             "the gates of the chosen experts are not normalised again: removing experts makes the gates of those that"
             " stay larger"
         )
-    if job.drop and job.layout.prediction_layers:
-        yield f"the prediction (MTP) layers {list(job.layout.prediction_layers)} were left out"
+    if job.layout.dropped:
+        yield f"the prediction (MTP) layers {list(job.layout.dropped)} were left out"
     if job.checkpoint.difference:
         yield f"{job.checkpoint.directory / INDEX}: {job.checkpoint.difference.text}; it was gone by the {which.trust}"
     if left:
