@@ -4,7 +4,7 @@ python -m benchmarks                          # the list
 python -m benchmarks run virtual_pruning      # one or several; all without a name
 python -m benchmarks run --quick              # each that has a quick form, to see that it works; records nothing
 python -m benchmarks table                    # the figures on record, in Markdown
-python -m benchmarks fill                     # the README's figures from those on record
+python -m benchmarks fill                     # the figures of README and docs from those on record
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> int:
     if arguments.action == "table":
         print(results.table())
     elif arguments.action == "fill":
-        readme = results.ROOT / "README.md"
-        readme.write_text(results.filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in results.pages():
+            page.write_text(results.filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     elif arguments.action == "list":
         show(chosen)
     elif arguments.action == "read":

@@ -37,7 +37,8 @@ def sources() -> Iterator[tuple[Path, Any]]:
 
 def compare(model: Path, calibration: Any, max_tokens: int) -> tuple[str, ...]:
     """One line of the table."""
-    options: dict[str, Any] = {"ctx_size": 512, "threads": 1, "max_tokens": max_tokens}
+    ctx_size = min(512, reap.inspect(model).context_length)
+    options: dict[str, Any] = {"ctx_size": ctx_size, "threads": 1, "max_tokens": max_tokens}
     default = reap.profile(model, calibration, **options)
     exact = reap.profile(model, calibration, **options, **EXACT)
     moved = int(np.abs(default.counts - exact.counts).sum()) // 2

@@ -52,6 +52,16 @@ class Benchmark:
     """What the machine has to have beyond reap and the extra `test`."""
 
 
+def _rise(keep: int, calibration: str, metric: str) -> Figure:
+    """What the table of the benchmark `quality` says of a choice, in each domain."""
+    name = metric.partition(",")[0]
+    return Figure(
+        f"rise of perplexity with {keep} % of the experts kept by {name}, calibrated on {calibration}",
+        rf"keep {keep}%, calibrated on {calibration}:[\s\S]*?\n{metric} +#% ± #% +#% ± #% +#% ± #%",
+        "C {0} % ± {1} %, English {2} % ± {3} %, Python {4} % ± {5} %",
+    )
+
+
 _ENGINE = ("csrc", "vendor/llama.cpp/pin.cmake")
 _PROFILING = (*_ENGINE, "python/reap/profiling", "python/reap/engine")
 _JUDGING = (*_ENGINE, "python/reap/evaluation")
@@ -97,6 +107,7 @@ BENCHMARKS = (
                 "{0} times as fast; against the one that yields the last {1}",
             ),
             Figure("the callback's share of the time", r"callback #% of the time", "{0} %"),
+            Figure("memory that profiling takes beyond that of a forward pass", r"for all logits: # MB", "{0} MB"),
         ),
         _PROFILING,
         quick="benchmarks/profile_speed.py --models qwen3 --types Q4_K --threads 2 --repeats 1",
@@ -128,6 +139,7 @@ BENCHMARKS = (
         "benchmarks/hf_prune_speed.py",
         (
             Figure("pruning a checkpoint against cp, source in memory", r"source in memory\s*: prune.*ratio #", "{0}"),
+            Figure("the same checkpoint from the disk", r"source not in memory\s*: prune.*ratio #", "{0}"),
             Figure("its peak memory", r"verify fast.*peak\s+# MB", "{0} MB"),
         ),
         ("python/reap/hf/disk", "python/reap/files"),
@@ -146,6 +158,8 @@ BENCHMARKS = (
                 r"keep 50%: reap \+#%, random \+#%",
                 "{0} % by REAP, {1} % at random",
             ),
+            *(_rise(50, "all", metric) for metric in ("reap", "frequency", "weighted_ean_sum", "random, 5 seeds")),
+            *(_rise(25, text, metric) for text in ("all", "c") for metric in ("reap", "weighted_ean_sum")),
         ),
         (*_JUDGING, "python/reap/scores"),
         quick="benchmarks/quality.py --no-traps --keep 0.5 --seeds 1",
@@ -160,6 +174,14 @@ BENCHMARKS = (
         (
             Figure("a window virtually pruned, of the whole model's time", r"virtually pruned: # of that"),
             Figure("the same with the divergence", r"with the divergence: # of that"),
+            *(
+                Figure(
+                    f"perplexity with {keep} of 32 experts",
+                    rf"\n{keep} experts, virtually: perplexity #,.*\n{keep} experts, from the file: perplexity #,",
+                    "{0} virtually and {1} from the file",
+                )
+                for keep in (16, 8)
+            ),
         ),
         _JUDGING,
         quick="benchmarks/virtual_pruning.py --windows 2 --rounds 1",
@@ -261,7 +283,12 @@ BENCHMARKS = (
         "a plain forward pass, hooks on all experts, llm-compressor",
         4,
         "benchmarks/hf_speed.py",
-        (Figure("a plain forward pass, of reap.hf.profile's time", r"forward, grouped_mm.*\s# times the time"),),
+        (
+            Figure("a plain forward pass, of reap.hf.profile's time", r"forward, grouped_mm.*\s# times the time"),
+            Figure("hooks on all experts, of reap.hf.profile's time", r"all experts .*\s# times the time"),
+            Figure("llm-compressor, of reap.hf.profile's time", r"llm-compressor  .*\s# times the time"),
+            Figure("the GGUF half, of reap.hf.profile's time", r"reap, GGUF .*\s# times the time"),
+        ),
         ("python/reap/hf/memory", "python/reap/profiling"),
         quick="benchmarks/hf_speed.py --repeats 1",
         needs="the extra hf",

@@ -12,14 +12,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 
-from benchmarks.registry import BENCHMARKS, Benchmark
+from benchmarks.registry import BENCHMARKS, Benchmark, find
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 OLD = "†"
 _FIGURE = re.compile(r"(?P<head><!-- figure (?P<name>\w+): (?P<what>.+?) -->).*?<!-- end -->", re.DOTALL)
+_TABLE = re.compile(r"(?P<head><!-- table (?P<name>\w+): (?P<first>.+?) -->\n).*?<!-- end -->", re.DOTALL)
+_BETWEEN_CELLS = re.compile(r"\s+\|\s+|\s{2,}")
 
 
 @dataclass(frozen=True)
@@ -109,19 +112,49 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def filled(page: str) -> str:
-    """A page with the figures on record between `<!-- figure NAME: what -->` and `<!-- end -->`.
+def pages() -> list[Path]:
+    """What may show figures on record."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-    KeyError for a figure that is not on record.
+
+def filled(page: str) -> str:
+    """A page with what is on record: one figure of a benchmark between `<!-- figure NAME: what -->` and `<!-- end -->`,
+    and between `<!-- table NAME: first column -->` and `<!-- end -->` a table that it printed.
+
+    KeyError for what is not on record.
     """
 
-    def value(match: re.Match[str]) -> str:
-        result = load(match["name"])
-        if result is None:
-            raise KeyError(match["name"])
-        return f"{match['head']}{result.figures[match['what']]}<!-- end -->"
+    def figure(match: re.Match[str]) -> str:
+        return f"{match['head']}{figures_of(match['name'])[match['what']]}<!-- end -->"
 
-    return _FIGURE.sub(value, page)
+    def table(match: re.Match[str]) -> str:
+        return f"{match['head']}{printed_table(match['name'], match['first'])}<!-- end -->"
+
+    return _TABLE.sub(table, _FIGURE.sub(figure, page))
+
+
+def figures_of(name: str) -> dict[str, str]:
+    """What a benchmark found, by what it is; of a run with other options, which has no record, as its text has it."""
+    result = load(name)
+    if result is not None:
+        return result.figures
+    (benchmark,) = find([name])
+    output = (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
+    return {figure.what: value for figure in benchmark.figures if (value := figure.read(output)) is not None}
+
+
+def printed_table(name: str, first: str) -> str:
+    """The table of a record whose first column has that head, in Markdown. KeyError where the record has none."""
+    rows = [
+        _BETWEEN_CELLS.split(line.strip()) for line in (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    ]
+    begin = next((at for at, row in enumerate(rows) if row[0] == first and len(row) > 1), None)
+    if begin is None:
+        raise KeyError(f"{name}: {first}")
+    head = rows[begin]
+    body = list(takewhile(lambda row: len(row) == len(head), rows[begin + 1 :]))
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
 
 
 def _models() -> list[Path]:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -59,13 +60,25 @@ def test_a_figure_is_read_with_its_range() -> None:
     assert figure.read("nothing") is None
 
 
-def test_the_figures_of_the_readme_are_those_on_record() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- figure " in readme
-    assert results.filled(readme) == readme
-    changed = re.sub(r"(<!-- figure [^>]*-->)[^<]+", r"\1something else", readme)
-    assert changed != readme
-    assert results.filled(changed) == readme
+@pytest.mark.parametrize("page", results.pages(), ids=lambda page: page.name)
+def test_the_figures_of_a_page_are_those_on_record(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert results.filled(text) == text, "python -m benchmarks fill"
+    changed = re.sub(r"(<!-- (?:figure|table) [^>]*-->\n?)[^<]+", r"\1something else", text)
+    assert results.filled(changed) == text
+    assert (changed == text) == ("<!-- end -->" not in text)
+
+
+def test_pages_show_figures_and_tables() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in results.pages())
+    assert {"figure", "table"} <= set(re.findall(r"<!-- (\w+) \w+: ", text))
+    assert len(re.findall(r"<!-- (?:figure|table) ", text)) == text.count("<!-- end -->") > 20
+
+
+@pytest.mark.parametrize("marker", ["figure fuzz: speed", "figure speed_of_light: c", "table fuzz: speed"])
+def test_a_figure_that_is_not_on_record_is_an_error(marker: str) -> None:
+    with pytest.raises(KeyError):
+        results.filled(f"<!-- {marker} -->\n<!-- end -->")
 
 
 def test_an_output_without_its_figures_is_a_failure() -> None:
@@ -75,7 +88,8 @@ def test_an_output_without_its_figures_is_a_failure() -> None:
 
 def test_a_change_of_the_code_makes_figures_old() -> None:
     benchmark = next(find(["virtual_pruning"]))
-    result = results.make(benchmark, "", 0.0, "virtually pruned: 1.0 of that\nwith the divergence: 1.1 of that")
+    output = (results.FOLDER / "virtual_pruning.txt").read_text(encoding="utf-8")
+    result = results.make(benchmark, "", 0.0, output)
     assert not results.is_old(result, benchmark)
     assert results.is_old(replace(result, code="of another tree"), benchmark)
 

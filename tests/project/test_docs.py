@@ -15,6 +15,7 @@ from typer.main import get_command
 import reap
 from helpers.paths import ROOT
 from reap.cli.app import app
+from reap.pruning.sizing import measure_size
 
 PAGES = [
     ROOT / "README.md",
@@ -133,6 +134,20 @@ def test_the_example_plan_is_that_of_the_example_profile() -> None:
     assert profile.trusted
     made, saved = reap.plan(profile, keep=0.5), reap.PrunePlan.load(EXAMPLES / "plan-50.json")
     assert (saved.model, saved.metric, saved.keep, saved.layers) == (made.model, made.metric, made.keep, made.layers)
+
+
+def test_what_the_recipe_says_of_the_embedded_model() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (model,) = Path(str(files("reap") / "data")).glob("*.gguf")
+    info, profile = reap.inspect(model), reap.Profile.load(EXAMPLES / "expert_stats_reap.json")
+    saved = f"{info.bytes_per_expert / 2**10:.0f} KiB"
+    assert f"{info.n_experts} experts in each of {len(info.moe_layers)} layers" in page
+    assert f"{info.n_bytes / 2**20:.1f} MiB, {saved} for each expert" in page
+    limit = float(re.search(r"Say that ([\d.]+) MB", page)[1]) * 10**6
+    sizes = {keep: measure_size(model, reap.plan(profile, keep=keep)).n_bytes_after for keep in range(4, 33)}
+    most = max(keep for keep, n_bytes in sizes.items() if n_bytes <= limit)
+    assert f"the most experts that fit, {most}," in page
+    assert f"--keep {most} " in page
 
 
 def test_the_example_profile_is_of_the_embedded_model() -> None:
