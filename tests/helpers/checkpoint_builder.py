@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-BITS = {"F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "U8": 8, "I32": 32, "F4": 4, "I64": 64}
+BITS = {"F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "U8": 8, "I8": 8, "I32": 32, "U32": 32, "F4": 4, "I64": 64}
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
 N_EXPERTS, N_EMBD, N_FF = 8, 16, 4

@@ -226,6 +226,63 @@ FORMS: dict[str, tuple[Tensors, str]] = {  # tensors of one layer, and which of 
         },
         r"router\.(proj|per_expert_scale)|\.experts\.",
     ),
+    "MLX, 4 bit: weights, scales and biases, the router's too": (
+        {
+            f"model.layers.{{}}.mlp.{name}.{part}": (dtype, shape)
+            for name, rows in (("switch_mlp.gate_proj", (8, 4)), ("switch_mlp.down_proj", (8, N_EMBD)), ("gate", (8,)))
+            for part, dtype, shape in (
+                ("weight", "U32", (*rows, 8)),  # as many as there are experts
+                ("scales", "BF16", (*rows, 1)),
+                ("biases", "BF16", (*rows, 1)),
+            )
+        }
+        | {
+            "model.layers.{}.mlp.gate.e_score_correction_bias": ("F32", (8,)),
+            "model.layers.{}.mlp.shared_experts.gate_proj.scales": ("BF16", (8, 1)),
+        },
+        r"mlp\.(switch_mlp|gate)\.",
+    ),
+    "MLX of gpt-oss": (
+        {
+            "model.layers.{}.mlp.experts.gate_proj.weight": ("U32", (8, 4, 2)),
+            "model.layers.{}.mlp.experts.gate_proj.scales": ("BF16", (8, 4, 1)),
+            "model.layers.{}.mlp.experts.gate_proj.biases": ("BF16", (8, 4, 1)),
+            "model.layers.{}.mlp.experts.gate_proj.bias": ("BF16", (8, 4)),
+            "model.layers.{}.mlp.router.weight": ("U32", (8, 4)),
+            "model.layers.{}.mlp.router.scales": ("BF16", (8, 1)),
+            "model.layers.{}.mlp.router.biases": ("BF16", (8, 1)),
+            "model.layers.{}.mlp.router.bias": ("BF16", (8,)),
+        },
+        r"mlp\.(experts|router)\.",
+    ),
+    "bitsandbytes, 8 bit": (
+        each(
+            "model.layers.{}.mlp.experts.*.up_proj",
+            weight=("I8", (4, N_EMBD)),
+            SCB=("F32", (4,)),
+            weight_format=("U8", ()),
+        )
+        | {
+            "model.layers.{}.mlp.gate.weight": ("I8", (8, N_EMBD)),
+            "model.layers.{}.mlp.gate.SCB": ("F32", (8,)),
+            "model.layers.{}.mlp.gate.weight_format": ("U8", ()),
+        },
+        r"mlp\.gate\.(weight|SCB)$",
+    ),
+    "bitsandbytes, 4 bit, but for the router": (
+        each(
+            "model.layers.{}.mlp.experts.*.up_proj",
+            **{
+                "weight": ("U8", (32, 1)),
+                "weight.absmax": ("U8", (1,)),
+                "weight.quant_map": ("F32", (16,)),
+                "weight.nested_absmax": ("F32", (1,)),
+                "weight.quant_state.bitsandbytes__nf4": ("U8", (8,)),
+            },
+        )
+        | {"model.layers.{}.mlp.gate.weight": ("BF16", (8, N_EMBD))},
+        r"mlp\.gate\.weight$",
+    ),
     "hunyuan, GPTQ": (
         each(
             "model.layers.{}.mlp.experts.*.up_proj",
@@ -495,6 +552,36 @@ REFUSED: dict[str, tuple[Tensors, dict[str, Any], type[Exception], str]] = {
         {},
         UnsupportedModelError,
         "weight_scale_inv .1, 2. may belong to the experts, but not in a way",
+    ),
+    "a router packed by bitsandbytes": (
+        {name: value for name, value in qwen().items() if "0.mlp.gate" not in name}
+        | {
+            "model.layers.0.mlp.gate.weight": ("U8", (64, 1)),
+            "model.layers.0.mlp.gate.weight.absmax": ("U8", (2,)),
+            "model.layers.0.mlp.gate.weight.quant_state.bitsandbytes__nf4": ("U8", (80,)),
+        },
+        {},
+        UnsupportedModelError,
+        r"the router of model.layers.0.mlp is packed by bitsandbytes \(gate.weight.absmax\).*quantised from",
+    ),
+    "experts that do nothing": (
+        {
+            name: (dtype, (12, N_EMBD) if "mlp.gate.weight" in name else shape)
+            for name, (dtype, shape) in qwen().items()
+        },
+        {"zero_expert_num": 4},
+        UnsupportedModelError,
+        r"has 12 rows for 8 experts and 4 that do nothing \(zero_expert_num\)",
+    ),
+    "MLX experts with another first axis": (
+        {
+            "model.layers.0.mlp.gate.weight": ("BF16", (8, N_EMBD)),
+            "model.layers.0.mlp.switch_mlp.up_proj.weight": ("U32", (8, 4, 2)),
+            "model.layers.0.mlp.switch_mlp.up_proj.scales": ("BF16", (4, 8)),
+        },
+        {},
+        UnsupportedModelError,
+        "switch_mlp.up_proj.scales .4, 8. may belong to the experts",
     ),
     "a table of experts by token": (
         qwen() | {"model.layers.0.mlp.gate.tid2eid": ("I64", (32, 2))},

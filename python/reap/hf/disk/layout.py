@@ -42,19 +42,25 @@ _FUSED = re.compile(r"(?P<block>.*?)(?:^|\.)experts\.(?P<rest>\D.*)")
 #: The router, by its name inside the block. Its first axis is the experts.
 _ROUTER = re.compile(
     r"(gate|router|primary_router|moe_gate)(\.(wg|layer|gate|proj|classifier|linear))?"
-    r"(\.(weight|bias|weight_scale|weight_scale_inv|weight_scale_2|input_scale|per_expert_scale|expert_bias))?"
+    r"(\.(weight|bias|weight_scale|weight_scale_inv|weight_scale_2|input_scale|per_expert_scale|expert_bias|scales|biases|SCB))?"
     r"|(gate\.|router\.|moe_statics\.|experts\.)?(e_score_correction(_bias|\.bias)?|expert_bias|router_bias|per_expert_scale|score_correction_bias)"
     r"|gate_weight"
 )
 _ROUTER_WEIGHT = re.compile(
     r"(gate|router|primary_router|moe_gate)(\.(wg|layer|gate|proj|classifier|linear))?(\.weight)?|gate_weight"
 )
+#: What bitsandbytes puts beside a matrix that it packed in blocks of numbers.
+_PACKED_ROUTER = re.compile(
+    r"(gate|router|primary_router|moe_gate)(\.\w+)?\.weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+)"
+)
 #: What a MoE block holds besides: no expert axis, whatever the length of an axis says.
 _BESIDE = re.compile(
     r"(shared_experts?|share_experts?|shared_mlp|shared_expert_gate|shared_experts_gate|.*latent.*|.*norm.*|router\.scale|router\.norm)(\..+)?"
 )
-#: Stacked matrices without `experts` in their names (Granite, JetMoE, Step-3.5).
-_STACKED = re.compile(r"(input_linear|output_linear|gate_proj|up_proj|down_proj|gate_up_proj)([._].+)?")
+#: Stacked matrices without `experts` in their names (Granite, JetMoE, Step-3.5; MLX).
+_STACKED = re.compile(
+    r"(?:switch_(?:mlp|glu)\.)?(input_linear|output_linear|gate_proj|up_proj|down_proj|gate_up_proj)([._].+)?"
+)
 #: All experts' rows one after the other in one matrix (DBRX).
 _ROWS = re.compile(r"mlp\.(w1|v1|w2)(\.weight)?")
 _EXPERT_WORD = re.compile(r"(?:^|[._])(?:chunk_)?experts?(?:[._]|$)|tid2eid|switch_(?:mlp|glu)")
@@ -152,6 +158,7 @@ class _Finder:
     def __init__(self, checkpoint: Checkpoint, n_layers: int | None = None) -> None:
         """n_layers: where prediction layers are left out, the number of the others."""
         self.where = checkpoint.directory
+        self.n_zero = first_count(checkpoint.config, ("zero_expert_num", "num_zero_experts"))
         self.tensors = {
             tensor.name: tensor
             for tensor in checkpoint.tensors
@@ -230,11 +237,21 @@ class _Finder:
 
     def _count(self, block: str) -> int:
         router = self.router(block)
+        if packed := next((name for name in self.by_parent.get(block, {}) if _PACKED_ROUTER.fullmatch(name)), None):
+            raise UnsupportedModelError(
+                f"{self.where}: the router of {block} is packed by bitsandbytes ({packed}), in blocks that do not end"
+                " where an expert's row ends; prune the checkpoint that it was quantised from"
+            )
         if block in self.single:
             experts = {expert for expert, _, _ in self.single[block].values()}
             n_experts = len(experts)
             if missing := sorted(set(range(n_experts)) - experts):
                 raise FormatError(f"{self.where}: {block}.experts has {n_experts} experts, but no number {missing[0]}")
+            if router is not None and router.shape[0] == n_experts + self.n_zero > n_experts:
+                raise UnsupportedModelError(
+                    f"{self.where}: {router.name} has {router.shape[0]} rows for {n_experts} experts and {self.n_zero}"
+                    " that do nothing (zero_expert_num), which reap can neither measure nor cut"
+                )
             if router is not None and router.shape[0] != n_experts:
                 raise FormatError(
                     f"{self.where}: {router.name} has {router.shape[0]} rows, but there are {n_experts} experts"
