@@ -321,6 +321,43 @@ def test_messages_that_no_template_takes_are_bad_lines() -> None:
         Calibration([{"text": "a"}, {"messages": [picture]}], ctx_size=10).check()
 
 
+CHAT = [{"role": "user", "content": "<image>what is it"}, {"role": "assistant", "content": "a cat"}]
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        ({"images": ["a.png"], "messages": CHAT}, r'has "images" beside .* --columns messages=messages reads the text'),
+        ({"image": "a.png", "conversations": CHAT}, r'has "image" beside .* --columns messages=conversations'),
+        ({"image": {"bytes": "", "path": "a"}, "text": "a"}, r'has "image" beside its text.*--columns text=text'),
+        ({"video": ["a"], "question": "a", "answer": "b"}, r"--columns prompt=question,response=answer reads"),
+        ({"image": "a", "chosen": "a"}, r'has "image" beside its text, and only text reaches a model here;'),
+        ({"messages": [{**CHAT[0], "images": ["base64"]}, CHAT[1]]}, r"message 1 has images beside its content"),
+        ({"messages": [{"role": "user", "content": [{"image_url": "x"}]}, CHAT[1]]}, r'is an "image_url" part'),
+    ],
+)
+def test_images_are_refused_with_a_word_not_dropped(sample: dict[str, Any], said: str) -> None:
+    with pytest.raises(CalibrationError, match=rf"sample 1: .*{said}"):
+        Calibration([sample], ctx_size=64).check()
+
+
+def test_what_is_no_image_is_read(tmp_path: Path) -> None:
+    lines = [{"text": "a", "image": None}, {"text": "a", "images": []}, {"text": "a", "video": "https://a"}]
+    Calibration(lines, ctx_size=64).check()
+    for columns in ({"messages": "messages"},):  # asked for
+        Calibration([{"images": ["a.png"], "messages": CHAT}], ctx_size=64, columns=columns).check()
+
+
+def test_images_in_a_table_are_seen(tmp_path: Path) -> None:
+    """Columns that are not wanted stay on the disk; that of an image is wanted."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = {"text": ["a cat"], "image": [{"bytes": b"\x89PNG", "path": "a.png"}], "id": [1]}
+    parquet.write_table(arrow.table(rows), tmp_path / "c.parquet")
+    with pytest.raises(CalibrationError, match=r'row 1: has "image" beside its text'):
+        Calibration(tmp_path / "c.parquet", ctx_size=64).check()
+    Calibration(tmp_path / "c.parquet", ctx_size=64, columns={"text": "text"}).check()
+
+
 def test_bad_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", '{"text": "one"}\n' + "\n".join(BAD) + '\n{"text": "two"}\n{"tokens": [999]}\n')
     calibration = Calibration(path, ctx_size=100, skip_bad_lines=True)

@@ -18,6 +18,7 @@ Tool = dict[str, Any]
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_MEDIA_OF_MESSAGES = ("images", "image", "image_url", "videos", "audios")
 _MEDIA = ("image", "audio", "video", "file", "refusal")
 
 
@@ -78,6 +79,9 @@ def _normalise(message: Mapping[str, Any], where: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         _fail(f"{where}: role", "a string", role)
+    medium = next((name for name in _MEDIA_OF_MESSAGES if message.get(name)), None)
+    if medium is not None:
+        raise CalibrationError(f"{where} has {medium} beside its content (only text reaches a model here)")
     result: Message = {"role": role}
     content, thoughts = _read_content(message.get("content"), role, where)
     result["content"] = content
@@ -89,17 +93,24 @@ def _normalise(message: Mapping[str, Any], where: str) -> Message:
             _fail(f"{where}: {name}", "a string", given)
     if thoughts:
         result["reasoning_content"] = thoughts
-    for name in ("name", "tool_call_id"):
-        given = message.get(name)
-        if given is not None and not isinstance(given, str | int):
-            _fail(f"{where}: {name}", "a string", given)
-        if given not in (None, ""):
-            result[name] = str(given)
+    result |= _read_names(message, where)
     if calls := _read_calls(message, where):
         result["tool_calls"] = calls
     if role == "function":  # what tools were called before 2023-11
         result["role"] = "tool"
     return result
+
+
+def _read_names(message: Mapping[str, Any], where: str) -> Message:
+    """Who speaks, and which call is answered."""
+    found: Message = {}
+    for name in ("name", "tool_call_id"):
+        given = message.get(name)
+        if given is not None and not isinstance(given, str | int):
+            _fail(f"{where}: {name}", "a string", given)
+        if given not in (None, ""):
+            found[name] = str(given)
+    return found
 
 
 def _read_content(content: Any, role: str, where: str) -> tuple[str | list[dict[str, str]], str]:
@@ -135,7 +146,7 @@ def _read_part(part: Any, where: str) -> tuple[str, str]:
     """("text" or "thinking", its text)."""
     if not isinstance(part, Mapping):
         _fail(where, 'an object with a "type"', part)
-    kind = part.get("type", "text" if "text" in part else None)
+    kind = part.get("type", next((name for name in ("text", *_MEDIA_OF_MESSAGES) if name in part), None))
     if not isinstance(kind, str):
         _fail(f"{where}: type", "a string", kind)
     if kind in ("thinking", "reasoning"):

@@ -46,12 +46,14 @@ PREFERENCES = ("prompt", "question", "instruction", "input")  # names beside "ch
 TEXTS = ("text", "content", "code", "body")
 TOKENS = ("tokens", "input_ids")
 CONTEXTS = ("input", "context")  # beside an instruction
+MEDIA = ("images", "image", "pixel_values", "videos", "video", "audios", "audio")  # what a text stands beside
 ROLES = ("messages", "tools", "prompt", "system", "response", "text", "tokens", "domain")
 
 KEYS = frozenset(
     [
         *(*CONVERSATIONS, *TEXTS, *TOKENS, *TOOLS, *SYSTEMS, *CONTEXTS, *PREFERENCES),
         *(name for pair in PAIRS for name in pair),
+        *MEDIA,
         *("chosen", "query", "answers", "labels", "attention_mask", "domain", "role"),
     ]
 )
@@ -110,6 +112,13 @@ def parse_sample(
     except WrongType as error:
         fail(str(error), "domain that is not a name")
     present = [shape for shape in SHAPES if shape.is_in(members)]
+    if present and not columns and (medium := next(filter(lambda name: _is_medium(members, name), MEDIA), None)):
+        names = ",".join(f"{role}={name}" for role, name in _roles(present[0].names))
+        way = f"; --columns {names} reads the text alone" if names else ""
+        fail(
+            f'has "{medium}" beside its text, and only text reaches a model here{way}',
+            "images, sounds or films beside the text",
+        )
     problems = []
     for index, shape in enumerate(present):
         try:
@@ -133,6 +142,21 @@ def parse_sample(
             fail(f"{name} should be a {_expected(name)}, found null", "null where there should be a value")
     found = ", ".join(json.dumps(key)[:40] for key in list(members)[:8]) or "nothing"
     fail(f"should have one of {LISTED}, found {found}", "no known shape")
+
+
+def _is_medium(members: Members, name: str) -> bool:
+    """Whether there is an image, a sound or a film under a name; that of a sound or a film may be a remark in words."""
+    value = members.get(name)
+    return bool(value) and (isinstance(value, Mapping | list | tuple | bytes) or name.startswith(("image", "pixel")))
+
+
+def _roles(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(role, name) of the names of a shape, as `--columns` takes them."""
+    if len(names) == 2:
+        yield from zip(("prompt", "response"), names, strict=True)
+    else:
+        kinds = (("messages", CONVERSATIONS), ("text", TEXTS), ("tokens", TOKENS))
+        yield from ((role, name) for name in names for role, known in kinds if name in known)
 
 
 def check_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
