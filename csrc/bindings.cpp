@@ -2,6 +2,7 @@
 #include "casts.h"
 #include "devices.h"
 #include "errors.h"
+#include "generation.h"
 #include "quantizer.h"
 #include "scoring.h"
 #include "session.h"
@@ -16,6 +17,8 @@
 #include <optional>
 #include <regex>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 using reap::Session;
@@ -130,10 +133,40 @@ py::dict predict_ids(Session & session, const Ids & tokens, size_t first, const 
     return predictions(run(session, [&] { return reap::predict_ids(session, window, first, wanted, n_ids); }));
 }
 
-py::array_t<int32_t> generate(Session & session, const Ids & tokens, size_t n_new) {
-    const std::vector<int32_t> prompt = to_vector(tokens);
-    const std::vector<int32_t> found = run(session, [&] { return reap::generate(session, prompt, n_new); });
-    return to_numpy(found, {static_cast<py::ssize_t>(found.size())});
+using AsQuestion = std::pair<Ids, std::vector<Ids>>;
+
+std::vector<std::vector<std::pair<double, bool>>> score_continuations(Session & session, const std::vector<AsQuestion> & asked) {
+    std::vector<reap::Question> questions;
+    for (const auto & [context, continuations] : asked) {
+        questions.push_back({to_vector(context), {}});
+        for (const Ids & continuation : continuations) {
+            questions.back().continuations.push_back(to_vector(continuation));
+        }
+    }
+    std::vector<std::vector<std::pair<double, bool>>> result;
+    for (const auto & scores : run(session, [&] { return reap::score_continuations(session, questions); })) {
+        auto & found = result.emplace_back();
+        for (const reap::ContinuationScore & score : scores) {
+            found.emplace_back(score.log_prob, score.greedy);
+        }
+    }
+    return result;
+}
+
+using AsPrompt = std::tuple<Ids, size_t, uint32_t, std::vector<std::string>>;
+
+py::list generate(Session & session, const std::vector<AsPrompt> & asked, float temperature, int32_t top_k, float top_p, float min_p) {
+    std::vector<reap::Prompt> prompts;
+    for (const auto & [tokens, n_new, seed, stops] : asked) {
+        prompts.push_back({to_vector(tokens), n_new, seed, stops});
+    }
+    const reap::Sampling sampling{temperature, top_k, top_p, min_p};
+    py::list result;
+    for (const reap::Continuation & found : run(session, [&] { return reap::generate(session, prompts, sampling); })) {
+        const char * ended = found.ended == reap::Ended::TEXT ? "text" : found.ended == reap::Ended::STOP ? "stop" : "length";
+        result.append(py::make_tuple(to_numpy(found.tokens, {static_cast<py::ssize_t>(found.tokens.size())}), ended));
+    }
+    return result;
 }
 
 void set_kept(Session & session, const std::optional<reap::RouterMask::Kept> & kept) {
@@ -276,6 +309,7 @@ void define_session_options(py::module_ & m) {
         .def_readwrite("batch_size", &SessionOptions::batch_size)
         .def_readwrite("ubatch_size", &SessionOptions::ubatch_size)
         .def_readwrite("n_sequences", &SessionOptions::n_sequences)
+        .def_readwrite("cache_size", &SessionOptions::cache_size)
         .def_readwrite("threads", &SessionOptions::threads)
         .def_readwrite("gpu_layers", &SessionOptions::gpu_layers)
         .def_readwrite("devices", &SessionOptions::devices)
@@ -355,6 +389,7 @@ void define_what_a_session_is(SessionClass & session) {
         .def_property_readonly("batch_size", &Session::batch_size)
         .def_property_readonly("ubatch_size", &Session::ubatch_size)
         .def_property_readonly("n_sequences", &Session::n_sequences)
+        .def_property_readonly("cache_size", &Session::cache_size)
         .def_property_readonly("threads", &Session::threads)
         .def("warnings", [](const Session & self) { return to_texts(self.warnings()); });
 }
@@ -391,7 +426,8 @@ void define_what_a_session_does(SessionClass & session) {
         .def("log_probs", &log_probs, py::arg("tokens"), py::arg("first"))
         .def("predict_top", &predict_top, py::arg("tokens"), py::arg("first"), py::arg("n_top"))
         .def("predict_ids", &predict_ids, py::arg("tokens"), py::arg("first"), py::arg("ids"))
-        .def("generate", &generate, py::arg("tokens"), py::arg("n_new"))
+        .def("score_continuations", &score_continuations, py::arg("questions"))
+        .def("generate", &generate, py::arg("prompts"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"))
         .def("sees_the_future", &sees_the_future)
         .def("set_kept", &set_kept, py::arg("kept").none(true));
 }

@@ -51,6 +51,8 @@ bool Context::has_cache() const { return llama_get_memory(context_.get()) != nul
 
 void Context::forget(bool with_data) { llama_memory_clear(llama_get_memory(context_.get()), with_data); }
 
+void Context::copy_sequence(int32_t from, int32_t to) { llama_memory_seq_cp(llama_get_memory(context_.get()), from, to, -1, -1); }
+
 size_t Context::batch_size() const { return llama_n_batch(context_.get()); }
 
 void Context::decode(const TokenBatch & batch, const int8_t * wanted, float * hidden) {

@@ -33,6 +33,9 @@ class Context {
     // Forgets all sequences; `with_data`: what the cache holds as well.
     void forget(bool with_data);
 
+    // `to` begins with all that the cache holds of `from`, which the two share.
+    void copy_sequence(int32_t from, int32_t to);
+
     // The most tokens of a batch.
     size_t batch_size() const;
 

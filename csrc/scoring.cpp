@@ -42,6 +42,64 @@ void add_prediction(Predictions & result, const float * row, int n_vocab, int32_
     result.rest.push_back(all ? 0.0 : std::max(0.0, 1.0 - covered));
 }
 
+// Tokens that are run together, and what is asked about the one that follows each.
+struct Pass {
+    struct Ask {
+        ContinuationScore * score;
+        int32_t             next;
+    };
+
+    std::vector<int32_t>          tokens, positions, sequences;
+    std::vector<std::vector<Ask>> asks;
+
+    void add(int32_t token, int32_t position, int32_t sequence) {
+        tokens.push_back(token);
+        positions.push_back(position);
+        sequences.push_back(sequence);
+        asks.emplace_back();
+    }
+
+    void run(Session & session) const {
+        if (tokens.empty()) {
+            return;
+        }
+        std::vector<int8_t> wanted;
+        for (const auto & about : asks) {
+            wanted.push_back(!about.empty());
+        }
+        session.run({tokens.data(), positions.data(), sequences.data(), tokens.size()}, wanted, [&](size_t i, const float * row) {
+            const Normaliser normaliser(row, session.n_vocab());
+            for (const Ask & ask : asks[i]) {
+                ask.score->log_prob += row[ask.next] - normaliser.log_sum;
+                ask.score->greedy = ask.score->greedy && ask.next == normaliser.best;
+            }
+        });
+    }
+};
+
+void check_questions(const Session & session, const std::vector<Question> & questions) {
+    size_t n_tokens = 0, n_sequences = 0;
+    for (const Question & question : questions) {
+        if (question.context.empty() || question.continuations.empty()) {
+            throw UsageError("a question has no context or no continuation");
+        }
+        n_tokens += question.context.size();
+        for (const std::vector<int32_t> & continuation : question.continuations) {
+            if (continuation.empty() || question.context.size() + continuation.size() - 1 > static_cast<size_t>(session.ctx_size())) {
+                throw UsageError("a context of " + std::to_string(question.context.size()) + " tokens and a continuation of " +
+                                 std::to_string(continuation.size()) + " do not fit a window of " + std::to_string(session.ctx_size()));
+            }
+            session.check_tokens(continuation.data(), continuation.size());
+            n_tokens += continuation.size() - 1;
+            ++n_sequences;
+        }
+    }
+    if (n_tokens > static_cast<size_t>(session.cache_size()) || n_sequences > static_cast<size_t>(session.n_sequences())) {
+        throw UsageError("questions of " + std::to_string(n_tokens) + " tokens and " + std::to_string(n_sequences) + " continuations, expected at most " +
+                         std::to_string(session.cache_size()) + " and " + std::to_string(session.n_sequences()));
+    }
+}
+
 }  // namespace
 
 std::vector<float> logits(Session & session, const std::vector<int32_t> & tokens, size_t first) {
@@ -95,26 +153,41 @@ Predictions predict_ids(Session & session, const std::vector<int32_t> & tokens, 
     return result;
 }
 
-std::vector<int32_t> generate(Session & session, const std::vector<int32_t> & tokens, size_t n_new) {
-    if (!session.has_cache()) {
-        throw UnsupportedError(session.model_path() + ": this model sees whole texts and does not continue them token by token");
+std::vector<std::vector<ContinuationScore>> score_continuations(Session & session, const std::vector<Question> & questions) {
+    std::vector<std::vector<ContinuationScore>> scores;
+    check_questions(session, questions);
+    session.begin_anew();
+    Pass contexts, rest;
+    std::vector<std::pair<int32_t, int32_t>> copies;
+    int32_t sequence = 0;
+    for (const Question & question : questions) {
+        scores.emplace_back(question.continuations.size());
     }
-    const size_t n_ctx = static_cast<size_t>(session.ctx_size());
-    if (tokens.empty() || tokens.size() > n_ctx || n_new > n_ctx - tokens.size()) {
-        throw UsageError("a prompt of " + std::to_string(tokens.size()) + " tokens and " + std::to_string(n_new) + " new ones do not fit a context of " +
-                         std::to_string(n_ctx));
-    }
-    std::vector<int32_t> result;
-    int32_t best = 0;
-    session.for_each_logits(tokens, tokens.size() - 1, [&](size_t, const float * row) { best = Normaliser(row, session.n_vocab()).best; });
-    while (result.size() < n_new) {
-        result.push_back(best);
-        if (session.tokenizer().ends_generation(best) || result.size() == n_new) {
-            break;
+    for (size_t q = 0; q < questions.size(); ++q) {
+        const int32_t first = sequence;
+        for (size_t i = 0; i < questions[q].context.size(); ++i) {
+            contexts.add(questions[q].context[i], static_cast<int32_t>(i), first);
         }
-        best = Normaliser(session.next_logits(best, static_cast<int32_t>(tokens.size() + result.size() - 1)), session.n_vocab()).best;
+        const size_t last = contexts.tokens.size() - 1;
+        for (size_t c = 0; c < scores[q].size(); ++c) {
+            const std::vector<int32_t> & tokens = questions[q].continuations[c];
+            contexts.asks[last].push_back({&scores[q][c], tokens[0]});
+            if (tokens.size() > 1 && sequence != first) {
+                copies.emplace_back(first, sequence);
+            }
+            for (size_t i = 0; i + 1 < tokens.size(); ++i) {
+                rest.add(tokens[i], static_cast<int32_t>(questions[q].context.size() + i), sequence);
+                rest.asks.back().push_back({&scores[q][c], tokens[i + 1]});
+            }
+            ++sequence;
+        }
     }
-    return result;
+    contexts.run(session);
+    for (const auto & [from, to] : copies) {
+        session.copy_sequence(from, to);
+    }
+    rest.run(session);
+    return scores;
 }
 
 bool sees_the_future(Session & session) {

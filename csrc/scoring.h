@@ -1,4 +1,4 @@
-// Logits into figures, and texts that a model goes on with.
+// Logits into figures.
 #pragma once
 
 #include "session.h"
@@ -29,9 +29,20 @@ Predictions predict_top(Session & session, const std::vector<int32_t> & tokens, 
 // The same with the tokens that `ids` [n - 1 - first][n_ids] says.
 Predictions predict_ids(Session & session, const std::vector<int32_t> & tokens, size_t first, const std::vector<int32_t> & ids, size_t n_ids);
 
-// The most probable tokens one after another, following `tokens`, at most n_new, until one that ends a generation (which is included).
-// UnsupportedError for a model without a cache.
-std::vector<int32_t> generate(Session & session, const std::vector<int32_t> & tokens, size_t n_new);
+// A context, and what may follow it: the choices of a question, say.
+struct Question {
+    std::vector<int32_t>              context;
+    std::vector<std::vector<int32_t>> continuations;
+};
+
+struct ContinuationScore {
+    double log_prob = 0.0;   // ln p(continuation | context)
+    bool   greedy = true;    // each of its tokens is the most probable one, the lowest id where several are
+};
+
+// The score of each continuation of each question. Contexts are run once, and what the cache holds of one is shared by its continuations; all
+// of them share batches. Each continuation is a sequence of its own, and all tokens together have to fit the cache.
+std::vector<std::vector<ContinuationScore>> score_continuations(Session & session, const std::vector<Question> & questions);
 
 // Whether what the model says at a position depends on tokens that come after it (diffusion models), so that it has no perplexity: run on
 // a few tokens, twice, with other ones at the end.

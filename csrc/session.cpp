@@ -276,30 +276,24 @@ void Session::for_each_logits(const std::vector<int32_t> & tokens, size_t first,
     std::vector<int32_t> positions(tokens.size());
     std::iota(positions.begin(), positions.end(), 0);
     const std::vector<int32_t> sequences(tokens.size(), 0);
+    std::vector<int8_t> wanted(tokens.size());
+    std::fill(wanted.begin() + static_cast<std::ptrdiff_t>(first), wanted.end(), int8_t{1});
+    run({tokens.data(), positions.data(), sequences.data(), tokens.size()}, wanted, on_logits);
+}
+
+void Session::run(const TokenBatch & batch, const std::vector<int8_t> & wanted, const OnLogits & on_logits) {
+    check_batch(batch, nullptr);
     const size_t step = static_cast<size_t>(options_.ubatch_size);
-    for (size_t start = 0; start < tokens.size(); start += step) {
-        const size_t n = std::min(step, tokens.size() - start);
-        std::vector<int8_t> wanted(n);
-        for (size_t i = 0; i < n; ++i) {
-            wanted[i] = start + i >= first;
-        }
+    for (size_t start = 0; start < batch.n_tokens; start += step) {
+        const size_t n = std::min(step, batch.n_tokens - start);
         collector_.poll();
-        context_->decode({tokens.data() + start, positions.data() + start, sequences.data(), n}, wanted.data());
+        context_->decode({batch.tokens + start, batch.positions + start, batch.sequences + start, n}, wanted.data() + start);
         for (size_t i = 0; i < n; ++i) {
-            if (wanted[i]) {
+            if (wanted[start + i]) {
                 on_logits(start + i, context_->logits(i));
             }
         }
     }
-}
-
-const float * Session::next_logits(int32_t token, int32_t position) {
-    const int32_t sequence = 0;
-    const int8_t wanted = 1;
-    check_tokens(&token, 1);
-    collector_.poll();
-    context_->decode({&token, &position, &sequence, 1}, &wanted);
-    return context_->logits(0);
 }
 
 }  // namespace reap

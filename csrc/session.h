@@ -72,8 +72,18 @@ class Session {
     using OnLogits = std::function<void(size_t position, const float * logits)>;
     void for_each_logits(const std::vector<int32_t> & tokens, size_t first, const OnLogits & on_logits);
 
-    // Runs one more token after what the context holds: its logits [n_vocab], valid until the next batch.
-    const float * next_logits(int32_t token, int32_t position);
+    // Runs tokens of any number of sequences after what the context holds of them, and calls on_logits(i, logits [n_vocab]) for the tokens i
+    // of the batch that are wanted.
+    void run(const TokenBatch & batch, const std::vector<int8_t> & wanted, const OnLogits & on_logits);
+
+    // Forgets all sequences.
+    void begin_anew() { forget(false); }
+
+    // `to` begins with all that the context holds of `from`.
+    void copy_sequence(int32_t from, int32_t to) { context_->copy_sequence(from, to); }
+
+    // Tokens that all sequences together have room for.
+    int cache_size() const { return reap::cache_size(options_); }
 
     // UsageError where an id is outside the vocabulary.
     void check_tokens(const int32_t * tokens, size_t n_tokens) const;

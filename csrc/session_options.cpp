@@ -134,6 +134,7 @@ void check(const SessionOptions & options) {
     check_range("batch_size", options.batch_size, 0, MAX_TOKENS);
     check_range("ubatch_size", options.ubatch_size, 0, MAX_TOKENS);
     check_range("n_sequences", options.n_sequences, 1, MAX_TOKENS);
+    check_range("cache_size", options.cache_size, 0, MAX_TOKENS);
     check_range("threads", options.threads, 0, GGML_MAX_N_THREADS);
     check_range("prediction_layer", options.prediction_layer, -1, MAX_TOKENS);
     cache_type(options.type_k);
@@ -215,10 +216,14 @@ ModelParameters::ModelParameters(const SessionOptions & options, const DevicesLo
     values.load_mtp = options.prediction_layer >= 0;
 }
 
+int cache_size(const SessionOptions & options) {
+    // sequences that share a batch share the cache as well: one long window, or one batch of short ones
+    return options.n_sequences > 1 ? std::max({options.ctx_size, options.batch_size, options.cache_size}) : std::max(2, options.ctx_size);
+}
+
 llama_context_params context_parameters(const SessionOptions & options) {
     llama_context_params params = llama_context_default_params();
-    // sequences that share a batch share the cache as well: one long window, or one batch of short ones
-    params.n_ctx = static_cast<uint32_t>(options.n_sequences > 1 ? std::max(options.ctx_size, options.batch_size) : std::max(2, options.ctx_size));
+    params.n_ctx = static_cast<uint32_t>(cache_size(options));
     params.n_batch = static_cast<uint32_t>(options.batch_size);
     params.n_ubatch = static_cast<uint32_t>(options.ubatch_size);
     params.n_seq_max = static_cast<uint32_t>(options.n_sequences);

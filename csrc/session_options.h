@@ -21,6 +21,7 @@ struct SessionOptions {
     int  batch_size = 0;           // tokens of one decode; 0: ubatch_size
     int  ubatch_size = 512;
     int  n_sequences = 1;          // that may share a batch; 1 where the model does not allow it
+    int  cache_size = 0;           // tokens that all sequences together have room for, where there are several; at least ctx_size and batch_size
     int  threads = 0;              // 0: the cores of the machine
     int  gpu_layers = -1;          // negative: all
     std::vector<std::string> devices;
@@ -48,6 +49,9 @@ void check(const SessionOptions & options);
 
 // The same with what the model decides: sizes that were left open, and those that it does not allow.
 SessionOptions resolved(const SessionOptions & options, const llama_model * model);
+
+// Tokens that all sequences of a context together have room for, of resolved options.
+int cache_size(const SessionOptions & options);
 
 // UsageError where this model cannot have a cache of these types.
 void check_cache(const SessionOptions & options, const llama_model * model);

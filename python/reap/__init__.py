@@ -28,11 +28,15 @@ if TYPE_CHECKING:
     from reap.errors import ReapWarning as ReapWarning
     from reap.errors import UnsupportedModelError as UnsupportedModelError
     from reap.errors import UsageError as UsageError
+    from reap.evaluation.answers import Answers as Answers
+    from reap.evaluation.answers import generate as generate
     from reap.evaluation.evaluate import evaluate as evaluate
     from reap.evaluation.refine import refine as refine
     from reap.evaluation.result import Evaluation as Evaluation
     from reap.evaluation.sweep import sweep as sweep
     from reap.evaluation.sweep_table import Sweep as Sweep
+    from reap.evaluation.tasks import TaskEvaluation as TaskEvaluation
+    from reap.evaluation.tasks import evaluate_tasks as evaluate_tasks
     from reap.gguf.model_info import ModelInfo as ModelInfo
     from reap.gguf.model_info import inspect as inspect
     from reap.hf.disk.convert import convert as convert
@@ -73,11 +77,13 @@ _HOME = {
         "UnsupportedModelError",
         "UsageError",
     ),
+    "evaluation.answers": ("Answers", "generate"),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.refine": ("refine",),
     "evaluation.result": ("Evaluation",),
     "evaluation.sweep": ("sweep",),
     "evaluation.sweep_table": ("Sweep",),
+    "evaluation.tasks": ("TaskEvaluation", "evaluate_tasks"),
     "gguf.model_info": ("ModelInfo", "inspect"),
     "hf.disk.convert": ("convert",),
     "profiling.gguf": ("profile",),

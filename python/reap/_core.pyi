@@ -90,6 +90,7 @@ class SessionOptions:
     batch_size: int  # tokens of one decode; n_batch = n_ubatch unless set apart
     ubatch_size: int
     n_sequences: int  # sequences that share one batch
+    cache_size: int  # tokens that several sequences together have room for; 0: of a window and a batch
     threads: int  # 0: as many as the machine has cores; at most 512
     gpu_layers: int  # negative: all
     devices: list[str]
@@ -155,6 +156,8 @@ class Session:
     def ubatch_size(self) -> int: ...
     @property
     def n_sequences(self) -> int: ...
+    @property
+    def cache_size(self) -> int: ...  # tokens that all sequences together have room for
     @property
     def threads(self) -> int: ...
     @property
@@ -242,11 +245,29 @@ class Session:
     def predict_ids(self, tokens: NDArray[np.int32], first: int, ids: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
         """The same about the tokens `ids` int32 [n, k]; what it returns has no "ids"."""
 
-    def generate(self, tokens: NDArray[np.int32], n_new: int) -> NDArray[np.int32]:
-        """The most probable tokens one after another, following `tokens`: n_new, or fewer where one ends the text; then
-        that is the last.
+    def score_continuations(
+        self, questions: list[tuple[NDArray[np.int32], list[NDArray[np.int32]]]]
+    ) -> list[list[tuple[float, bool]]]:
+        """Of each question (a context int32 [n], continuations int32 [m]) and each of its continuations: ln p of it
+        after the context, and whether each of its tokens is the most probable one.
 
-        `UnsupportedModelError` for a model without a cache (diffusion).
+        Contexts are run once; what the cache holds of one is shared by its continuations, of which each is a sequence.
+        `UsageError` where they are more than n_sequences, or do not fit the cache together.
+        """
+
+    def generate(
+        self,
+        prompts: list[tuple[NDArray[np.int32], int, int, list[bytes]]],
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+    ) -> list[tuple[NDArray[np.int32], str]]:
+        """What follows each prompt (tokens int32 [n], most new tokens, seed, texts that end it where they appear), all
+        of them at once: the new tokens int32 [m], with the one that ended the text, and "length", "text" or "stop".
+
+        llama.cpp's samplers in this order: top_k (0: all tokens), top_p (1), min_p (0), temperature (0: the most
+        probable token). `UnsupportedModelError` for a model without a cache (diffusion).
         """
 
     def ends_generation(self, token: int) -> bool: ...

@@ -49,7 +49,17 @@ SWITCHES = [True, False, 0, "x", None]
 KEY = "qwen3moe."
 EDGES: dict[str, list[Any]] = {
     **dict.fromkeys(
-        ("ctx_size", "batch_size", "ubatch_size", "n_sequences", "threads", "gpu_layers", "prediction_layer"), NUMBERS
+        (
+            "ctx_size",
+            "batch_size",
+            "ubatch_size",
+            "n_sequences",
+            "cache_size",
+            "threads",
+            "gpu_layers",
+            "prediction_layer",
+        ),
+        NUMBERS,
     ),
     **dict.fromkeys(("type_k", "type_v"), TYPES),
     **dict.fromkeys(("use_mmap", "repack", "head_on_host", "reduce_on_device", "stop_early"), SWITCHES),
@@ -166,8 +176,14 @@ def test_empty_input_is_a_sentence(model: Path) -> None:
         lambda: session.log_probs([], 0),
         lambda: session.predict_top([], 0, 1),
         lambda: session.predict_ids([], 0, [[]]),
-        lambda: session.generate([], 1),
-        lambda: session.generate([1], 2**63),
+        lambda: session.generate([([], 1, 0, [])], 0.0, 0, 1.0, 0.0),
+        lambda: session.generate([([1], 2**63, 0, [])], 0.0, 0, 1.0, 0.0),
+        lambda: session.generate([([1], 1, 0, [])] * 2, 0.0, 0, 1.0, 0.0),
+        lambda: session.generate([([1], 1, 0, [])], -1.0, 0, 1.0, 0.0),
+        lambda: session.score_continuations([([1], [[]])]),
+        lambda: session.score_continuations([([], [[1]])]),
+        lambda: session.score_continuations([([1], [[2**30]])]),
+        lambda: session.score_continuations([([1], [[1], [1]])]),
         lambda: session.start_profile([], 8),
         lambda: session.start_profile([1, 0], 8),
         lambda: session.start_profile([0, 1], 2**40),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.gguf_builder import build_moe
+from reap.engine.generation import Prompt, continue_batch
 from reap.engine.options import EngineOptions
 from reap.engine.session import open_session
 from reap.errors import UsageError
@@ -59,7 +60,8 @@ def test_everything_that_runs_the_model_is_masked(model: Path, pruned: Path) -> 
     np.testing.assert_allclose(session.log_probs(TOKENS, 10), small.log_probs(TOKENS, 10), atol=1e-5)
     ours, theirs = session.predict_top(TOKENS, 10, 64), small.predict_top(TOKENS, 10, 64)
     np.testing.assert_allclose(ours["log_probs"], theirs["log_probs"], atol=1e-5)
-    assert np.array_equal(session.generate(TOKENS[:20], 30), small.generate(TOKENS[:20], 30))
+    prompts = [Prompt(tuple(TOKENS[:20].tolist()), 30)]
+    assert continue_batch(session, prompts) == continue_batch(small, prompts)
     session.forward(TOKENS, False)
     session.forward(TOKENS, True)
 

@@ -20,6 +20,7 @@ from helpers.paths import ROOT
 PACKAGE = Path(reap.__file__).parent
 
 PUBLIC = [
+    "Answers",
     "CalibrationError",
     "Comparison",
     "EngineError",
@@ -41,6 +42,7 @@ PUBLIC = [
     "ReapError",
     "ReapWarning",
     "Sweep",
+    "TaskEvaluation",
     "UnsupportedModelError",
     "UsageError",
     "__version__",
@@ -48,6 +50,8 @@ PUBLIC = [
     "comparison_report",
     "convert",
     "evaluate",
+    "evaluate_tasks",
+    "generate",
     "inspect",
     "merge",
     "model_card",
@@ -301,13 +305,17 @@ def test_the_type_of_a_path_is_spelled_once() -> None:
 
 def hand_on() -> Iterator[tuple[Any, Any]]:
     """Each set of keyword arguments that functions hand on, and what explains them and has their defaults."""
+    from reap.engine.generation import Sampling
     from reap.engine.options import EngineArguments, EngineOptions
     from reap.engine.quantize import TypeArguments, TypeChoice
+    from reap.evaluation.answers import SamplingArguments
     from reap.evaluation.plan_options import PlanArguments
     from reap.hf.memory.loading import LoadArguments, LoadOptions
     from reap.scores.plan import plan
+    from reap.text.asked import PromptArguments, Prompts
     from reap.text.calibration import Calibration, TextArguments
 
+    yield from ((SamplingArguments, Sampling), (PromptArguments, Prompts))
     yield from ((EngineArguments, EngineOptions), (TypeArguments, TypeChoice), (PlanArguments, plan))
     yield from ((LoadArguments, LoadOptions), (TextArguments, Calibration))
 
@@ -337,7 +345,7 @@ NATIVE_RANKS = [
     {"context"},
     {"prediction_block"},
     {"session"},
-    {"casts", "scoring", "vocabulary"},
+    {"casts", "generation", "scoring", "vocabulary"},
     {"bindings"},
 ]
 KNOWS_NO_ENGINE = {"big_stack", "bindings", "casts", "errors", "free_memory", "memory_guard", "moe_graph", "saliency"}

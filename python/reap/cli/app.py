@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from reap.cli import cut, evaluate, hf, measure, utilities
+from reap.cli import cut, evaluate, generate, hf, measure, utilities
 from reap.errors import Interrupted, ReapError
 from reap.version import version
 
@@ -88,7 +88,7 @@ def reap(
     """
 
 
-PANELS = (measure.PANEL, cut.PANEL, evaluate.PANEL, utilities.PANEL)
+PANELS = (measure.PANEL, cut.PANEL, evaluate.PANEL, generate.PANEL, utilities.PANEL)
 for _panel in PANELS:
     _panel.add_to(app)
 app.add_typer(hf.group, rich_help_panel=utilities.PANEL.title)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,7 @@ import typer
 import reap
 from reap.cli import completion
 from reap.cli.commands import Panel
+from reap.cli.evaluation_text import print_evaluation, print_tasks
 from reap.cli.next_step import command_line, print_advice, print_next
 from reap.cli.options import (
     BLEND,
@@ -32,16 +35,16 @@ from reap.cli.options import (
     parse_metric,
     split_list,
 )
-from reap.cli.show import json_text, print_facts, print_json, print_table, progress_bar, say
+from reap.cli.show import json_text, print_facts, print_json, progress_bar, say
 from reap.cli.sweep_text import print_next_plans, print_sweep
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
 from reap.errors import ReapError
 from reap.files.atomic import write_whole
-from reap.files.formatting import bytes_text, number_text, percent_text
+from reap.files.formatting import bytes_text
 
 if TYPE_CHECKING:
-    from reap.evaluation.loops import LoopMetrics
     from reap.evaluation.result import Evaluation
+    from reap.evaluation.tasks import TaskEvaluation
 
 PANEL = Panel("Evaluate")
 
@@ -52,16 +55,74 @@ MaxTokens = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class TaskChoice:
+    """Tasks of lm-evaluation-harness."""
+
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", metavar="NAME,...", help="Instead of TEXT: tasks of lm-evaluation-harness."),
+    ] = None
+    include_path: Annotated[
+        Path | None,
+        typer.Option("--include-path", metavar="DIR", help="A folder with task files of your own, with --tasks."),
+        READS,
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Only N questions of each task, with --tasks.")
+    ] = None
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option("--num-fewshot", metavar="N", help="Answered questions before each, with --tasks."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class LoopChoice:
+    """What the model is let continue."""
+
+    loops: Annotated[
+        bool, typer.Option("--loops", help="Let the model continue a few prompts, and look for repetition.")
+    ] = False
+    loop_prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--loop-prompts", metavar="N|PROMPTS", help="As --loops, with N beginnings of the text or prompts of yours."
+        ),
+        READS,
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As `evaluate` takes them."""
+        said = self.loop_prompts
+        return {"loops": self.loops, "loop_prompts": int(said) if said and said.isdecimal() else said}
+
+
+def _evaluate_tasks(model: Path, choice: TaskChoice, **options: Any) -> TaskEvaluation:
+    with redirect_stdout(sys.stderr), progress_bar("evaluating") as progress:  # a task is code, and may print
+        return reap.evaluate_tasks(
+            model,
+            split_list(choice.tasks),
+            include_path=choice.include_path,
+            limit=choice.limit,
+            num_fewshot=choice.num_fewshot,
+            progress=progress,
+            **options,
+        )
+
+
 @PANEL.command("reap evaluate model.gguf heldout.txt --plan plan.json --loops", ctx_size=EVALUATION_CTX_SIZE)
 def evaluate(
     model: Model,
+    tasks: TaskChoice,
+    probe: LoopChoice,
     text: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="TEXT...", help="Held-out text, or rows as in a calibration; of several files each is a domain."
         ),
         READS,
-    ],
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option("--reference", metavar="MODEL", help="Compare with this model, the one before pruning say."),
@@ -72,9 +133,6 @@ def evaluate(
         typer.Option("--plan", metavar="PLAN.json", help="Evaluate as if MODEL were pruned so; nothing is written."),
         READS,
     ] = None,
-    loops: Annotated[
-        bool, typer.Option("--loops", help="Let the model continue a few prompts, and look for repetition.")
-    ] = False,
     allow_mismatch: AllowMismatch = False,
     max_tokens: MaxTokens = None,
     output: Annotated[
@@ -85,25 +143,38 @@ def evaluate(
     *,
     engine: EngineArguments,
 ) -> None:
-    """Measure how well a model predicts a text, and how far it agrees with another."""
+    """Measure how well a model predicts a text and how far it agrees with another, or how it does in benchmarks."""
+    compared: dict[str, Any] = {"reference": reference, "plan": plan, "allow_mismatch": allow_mismatch, **engine}
+    if tasks.tasks:
+        if text or probe != LoopChoice() or max_tokens is not None:
+            raise reap.UsageError("--tasks does not go with TEXT, --loops, --loop-prompts or --max-tokens")
+        of_tasks = _evaluate_tasks(model, tasks, **compared)
+        _keep(of_tasks, output, force=force)
+        if json:
+            return print_json(of_tasks.to_dict())
+        print_tasks(of_tasks)
+        return _next_after_evaluate(model, reference, plan, output)
+    if not text or tasks != TaskChoice():
+        raise reap.UsageError("give a TEXT, or --tasks (--include-path, --limit and --num-fewshot are of tasks)")
     with progress_bar("evaluating") as progress:
         result = reap.evaluate(
             model,
             text if len(text) > 1 else text[0],
-            reference=reference,
-            plan=plan,
-            loops=loops,
-            allow_mismatch=allow_mismatch,
+            **probe.arguments(),
             max_tokens=max_tokens,
             progress=progress,
-            **engine,
+            **compared,
         )
-    if output is not None:
-        write_whole(output, json_text(result.to_dict()).encode(), force=force)
+    _keep(result, output, force=force)
     if json:
         return print_json(result.to_dict())
     print_evaluation(result)
     _next_after_evaluate(model, reference, plan, output)
+
+
+def _keep(result: Evaluation | TaskEvaluation, output: Path | None, *, force: bool) -> None:
+    if output is not None:
+        write_whole(output, json_text(result.to_dict()).encode(), force=force)
 
 
 def _next_after_evaluate(model: Path, reference: Path | None, plan: Path | None, output: Path | None) -> None:
@@ -122,64 +193,6 @@ def _is_pruned(model: Path) -> bool:
         return reap.inspect(model).provenance is not None
     except ReapError:  # it has gone since
         return False
-
-
-def print_evaluation(result: Evaluation) -> None:
-    """The figures, a table of the domains, and what they mean."""
-    facts: list[tuple[str, object]] = [
-        ("perplexity", f"{result.perplexity:.4f} ± {number_text(result.stderr)}"),
-        ("tokens", f"{result.tokens:,} scored in {result.windows} windows of {result.ctx_size}"),
-        (
-            "experts",
-            (
-                f"{result.plan['keep']} of {result.plan['n_experts']} ({result.plan['metric']}), virtually"
-                if result.plan
-                else None
-            ),
-        ),
-    ]
-    if result.perplexity_ratio is not None:
-        quantiles = (
-            (50, result.kl_median),
-            (90, result.kl_p90),
-            (95, result.kl_p95),
-            (99, result.kl_p99),
-            (100, result.kl_max),
-        )
-        facts += [
-            ("reference", f"{result.reference}, perplexity {number_text(result.reference_perplexity)}"),
-            ("perplexity ratio", f"{result.perplexity_ratio:.4f} ± {number_text(result.ratio_stderr)}"),
-            ("KL divergence", f"mean {number_text(result.kl_mean)} ± {number_text(result.kl_stderr)} nats"),
-            ("its quantiles", ", ".join(f"{share} % {number_text(value)}" for share, value in quantiles)),
-            ("same top token", percent_text(result.top1, 1)),
-            ("halved", f"{percent_text(result.halved, 1)} of the tokens are at most half as probable"),
-        ]
-    if result.loops is not None:
-        facts += _loop_facts(result.loops)
-    facts += [("note", warning) for warning in result.warnings]
-    print_facts([*facts, ("time", f"{result.seconds:.1f} s")])
-    if result.domains:
-        columns = ["domain", "tokens", "perplexity", "ratio", "mean KL", "same top token", "halved"]
-        rows = [
-            (name, f"{found.tokens:,}", f"{found.perplexity:.4f}", number_text(found.perplexity_ratio),
-            number_text(found.kl_mean),
-             percent_text(found.top1, 1), percent_text(found.halved, 1))
-            for name, found in result.domains.items()
-        ]  # fmt: skip
-        print_table(columns, rows)
-    say(result.meaning)
-
-
-def _loop_facts(loops: LoopMetrics) -> list[tuple[str, object]]:
-    def beside(value: float, reference: float | None) -> str:
-        return percent_text(value, 1) + ("" if reference is None else f" (reference {percent_text(reference, 1)})")
-
-    return [
-        ("continuations", f"{loops.prompts} of up to {loops.new_tokens} tokens"),
-        ("repeated 4-grams", beside(loops.repeated, loops.reference_repeated)),
-        ("end in a loop", beside(loops.looping, loops.reference_looping)),
-        ("unfinished", beside(loops.unfinished, loops.reference_unfinished)),
-    ]
 
 
 @dataclass(frozen=True)
@@ -301,10 +314,33 @@ def report(
     model: Annotated[
         Path | None, typer.Option("--model", "-m", metavar="MODEL", help="The GGUF file, for sizes."), READS
     ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--evaluation", metavar="TASKS.json", help="Output of `reap evaluate --tasks --json`; may be given again."
+        ),
+        READS,
+    ] = None,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--answers", metavar="ANSWERS.jsonl", help="Output of `reap generate`, given twice: shown side by side."
+        ),
+        READS,
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write one HTML file that shows what a profile says; it opens without a connection."""
-    written = reap.report(profile, output, plan=plan, sweep=sweep, model=model, force=force)
+    written = reap.report(
+        profile,
+        output,
+        plan=plan,
+        sweep=sweep,
+        model=model,
+        evaluations=evaluation or (),
+        answers=answers or (),
+        force=force,
+    )
     print_facts([("report", written), ("size", bytes_text(written.stat().st_size))])
     if plan is None:
         print_next("reap", "plan", profile, *(["--sweep", sweep] if sweep else []), "--keep", "0.5", "-o", "plan.json")
@@ -331,6 +367,13 @@ def card(
         typer.Option("--evaluation", metavar="EVAL.json", help="Output of `reap evaluate --json`; may be given again."),
         READS,
     ] = None,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--answers", metavar="ANSWERS.jsonl", help="Output of `reap generate`: loops; may be given again."
+        ),
+        READS,
+    ] = None,
     sweep: SweepPath = None,
     base_model: Annotated[
         str | None, typer.Option("--base-model", metavar="NAME", help="The source's name on a model hub.")
@@ -347,6 +390,7 @@ def card(
         source=source,
         profile=profile,
         evaluations=evaluation or (),
+        answers=answers or (),
         sweep=sweep,
         base_model=base_model,
         license=license,

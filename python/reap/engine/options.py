@@ -24,6 +24,8 @@ from reap.errors import UsageError
 #: Tokens of a window where the caller gives no `ctx_size`: of a profile, and of a text that a model is judged on.
 PROFILE_CTX_SIZE = 2048
 EVALUATION_CTX_SIZE = 512
+#: The same of benchmarks and of texts that a model writes, which are as long as they are.
+GENERATION_CTX_SIZE = 4096
 
 DEFAULT_UBATCH = 512
 MOST_THREADS = 512  # GGML_MAX_N_THREADS

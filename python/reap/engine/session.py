@@ -25,13 +25,15 @@ def open_session(
     options: EngineOptions,
     *,
     n_sequences: int = 1,
+    cache_size: int = 0,
     n_bytes: int | None = None,
     head_on_host: bool = False,
     prediction_layer: int | None = None,
 ) -> _core.Session:
     """Load a model into the engine; of a split one, any of its files.
 
-    n_sequences: how many may share a batch, fewer where the model does not allow it. n_bytes: of the model's files
+    n_sequences: how many may share a batch, fewer where the model does not allow it. cache_size: the tokens that all of
+    them together have room for; at least a window and a batch. n_bytes: of the model's files
     (None: of `path`). head_on_host: leave the output head out of the devices, for a session that never reaches it.
     prediction_layer: the multi-token-prediction block whose experts are profiled as well, run in a context of its own.
 
@@ -44,6 +46,7 @@ def open_session(
     settings.model_path = os.fspath(first_file(path))
     settings.model_bytes = n_bytes if n_bytes is not None else os.stat(path).st_size
     settings.n_sequences = n_sequences
+    settings.cache_size = cache_size
     for field in engine_fields():
         value = getattr(options, field.name)
         if value is not None:  # otherwise the engine's own default

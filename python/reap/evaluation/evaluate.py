@@ -12,7 +12,8 @@ import numpy as np
 
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.errors import ReapWarning
-from reap.evaluation.loops import Continuations, loop_metrics
+from reap.evaluation.loop_probe import LoopProbe
+from reap.evaluation.loops import Continuations, loop_metrics, loop_warnings
 from reap.evaluation.plan_evaluator import PlanEvaluator, Reference, Steps
 from reap.evaluation.result import Evaluation
 from reap.files.paths import PathLike
@@ -22,6 +23,7 @@ from reap.pruning.compatibility import check_plan
 from reap.scores.plan import PrunePlan
 from reap.text.evaluation_text import EvaluationText, Text
 from reap.text.overlap import overlap_warnings
+from reap.text.samples import Source
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,6 +37,7 @@ def evaluate(
     reference: PathLike | None = None,
     plan: PrunePlan | PathLike | None = None,
     loops: bool = False,
+    loop_prompts: int | Source | None = None,
     max_tokens: int | None = None,
     allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
@@ -53,6 +56,9 @@ def evaluate(
         plan: a PrunePlan or the path of one: its experts are removed virtually, no file is written. Without
             `reference` the model as it is is the reference, and its weights are loaded once.
         loops: continue a few prompts from the text as well, and say how much of that is repetition.
+        loop_prompts: the same, with so many beginnings of the text's windows, or with prompts of your own (a file, as
+            of `generate`), each answered by up to 512 of the most probable tokens in a context of 4096, or what the
+            model was trained with; where prompts carry tools, the calls are read and held against their schemas.
         max_tokens: about so many tokens of the text, in windows spread over each domain; None: all of it.
         allow_mismatch: go on with a plan that was made of another model, where layers and experts are as many; the
             warnings say what differs.
@@ -82,7 +88,8 @@ def evaluate(
         the_plan is not None and os.path.realpath(reference) == os.path.realpath(model)
     )
     is_compared = has_other or the_plan is not None
-    steps = Steps(progress, (1 + is_compared) * (1 + loops))
+    probe = LoopProbe.of(loops, loop_prompts)
+    steps = Steps(progress, (1 + is_compared) * (1 + probe.of_text))
     said: list[str] = []
 
     def opened(path: PathLike) -> PlanEvaluator:
@@ -94,18 +101,26 @@ def evaluate(
         return evaluator
 
     def examine(evaluator: PlanEvaluator) -> tuple[Reference, Continuations | None]:
-        return evaluator.reference(steps.next()), evaluator.continuations(None, steps.next()) if loops else None
+        expected = evaluator.reference(steps.next())
+        return expected, probe.continuations(evaluator, None, steps.next()) if probe.of_text else None
 
     expected, before = examine(opened(reference)) if has_other and reference is not None else (None, None)
     evaluator = opened(model)  # the reference's weights are gone by now
     if the_plan is not None and expected is None:
         expected, before = examine(evaluator)
     result = evaluator.score(the_plan, reference=expected, progress=steps.next())
-    found = evaluator.continuations(the_plan, steps.next()) if loops else None
+    found = probe.continuations(evaluator, the_plan, steps.next()) if probe.of_text else None
+    scored = evaluator.text
+    del evaluator  # its weights go before those that answer prompts come
+    if probe.prompts is not None:
+        other = reference if has_other else None
+        found, before = probe.answers(model, the_plan, other, engine, progress)
+    metrics = loop_metrics(found, before) if found else None
+    sentences = (*said, *result.warnings, *loop_warnings(metrics), *_seen_before(scored, the_plan))
     return replace(
         result,
-        loops=loop_metrics(found, before) if found else None,
-        warnings=tuple(dict.fromkeys((*said, *result.warnings, *_seen_before(evaluator.text, the_plan)))),
+        loops=metrics,
+        warnings=tuple(dict.fromkeys(sentences)),
         seconds=time.perf_counter() - started,
     )
 

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from reap.engine.generation import TEXT_END, Continuation, Prompt, continue_batch, prompt_batches
+from reap.evaluation.shares import needed, two_shares, wilson
+
 if TYPE_CHECKING:
     from reap import _core
 
@@ -23,19 +26,21 @@ NEW_TOKENS = 128
 #: A loop is a run of tokens that stands at the end so many times, and fills so many tokens.
 LOOP_TIMES = 3
 LOOP_TOKENS = 16
+#: The change in the share of loops that a user should be told of.
+CHANGE = 0.02
 
 
 @dataclass(frozen=True)
 class LoopMetrics:
-    """How a model continues the beginnings of some windows, each time with the most probable token.
+    """How a model continues some prompts, each time with the most probable token.
 
     What concerns a reference is None where there is none.
     """
 
     prompts: int
-    """Beginnings that were continued."""
+    """How many."""
     prompt_tokens: int
-    """Tokens of each."""
+    """Tokens of each; of the longest, where they differ."""
     new_tokens: int
     """The most tokens that a continuation has."""
     repeated: float
@@ -52,6 +57,44 @@ class LoopMetrics:
     """`unfinished` of the reference's continuations."""
     same_start: float | None = None
     """Mean share of the new tokens before the first that differs from the reference's."""
+    looping_interval: tuple[float, float] = (0.0, 1.0)
+    """The 95 % interval of `looping`, by Wilson's score."""
+    reference_looping_interval: tuple[float, float] | None = None
+    """The same of `reference_looping`."""
+    looping_p_value: float | None = None
+    """Two-proportion test of the two shares: how probable so large a difference is where there is none."""
+    prompts_needed: int = 0
+    """Prompts that would show, four times of five, that two more of a hundred end in a loop."""
+    tool_calls: ToolCallMetrics | None = None
+    """Of the answers to prompts with tools; None: there were none."""
+    reference_tool_calls: ToolCallMetrics | None = None
+    """The same of the reference's answers."""
+
+
+@dataclass(frozen=True)
+class ToolCallMetrics:
+    """What became of the tools that prompts carry."""
+
+    prompts: int
+    """Prompts with tools."""
+    called: int
+    """Answers with a call, readable or not."""
+    calls: int
+    """Calls that were begun."""
+    parsed: int
+    """Calls that can be read: a name, and arguments that are an object."""
+    matched: int
+    """Calls of a tool that there is, with arguments that its schema allows."""
+
+    @property
+    def parsed_share(self) -> float | None:
+        """Of the calls; None: there were none."""
+        return self.parsed / self.calls if self.calls else None
+
+    @property
+    def matched_share(self) -> float | None:
+        """Of the calls; None: there were none."""
+        return self.matched / self.calls if self.calls else None
 
 
 @dataclass(frozen=True)
@@ -59,18 +102,22 @@ class Continuations:
     """What a model made of its prompts."""
 
     prompt_tokens: int
-    """Tokens of each prompt."""
+    """Tokens of each prompt; of the longest, where they differ."""
     new_tokens: int
     """The most tokens that a continuation has."""
     tokens: tuple[tuple[int, ...], ...]
     """Token ids of each continuation, the one that ended the text included."""
     finished: tuple[bool, ...]
     """Of each continuation, whether an end-of-text token ended it."""
+    tool_calls: ToolCallMetrics | None = None
+    """Of the answers to prompts with tools."""
 
 
-def choose_prompts(windows: Sequence[NDArray[np.int32]], ctx_size: int) -> tuple[list[NDArray[np.int32]], int]:
-    """Beginnings of a few windows, spread evenly, and how many new tokens fit after each."""
-    n_prompts = min(N_PROMPTS, len(windows))
+def choose_prompts(
+    windows: Sequence[NDArray[np.int32]], ctx_size: int, n_prompts: int = N_PROMPTS
+) -> tuple[list[NDArray[np.int32]], int]:
+    """Beginnings of at most n_prompts windows, spread evenly, and how many new tokens fit after each."""
+    n_prompts = min(n_prompts, len(windows))
     length = min(PROMPT_TOKENS, max(1, ctx_size // 4))
     chosen = [windows[index * len(windows) // n_prompts][:length] for index in range(n_prompts)]
     return chosen, min(NEW_TOKENS, ctx_size - length)
@@ -80,27 +127,34 @@ def continue_prompts(
     session: _core.Session, prompts: Sequence[NDArray[np.int32]], new_tokens: int, report: Callable[[int], None]
 ) -> Continuations:
     """Let the model continue each prompt; `report` gets the number of prompts done."""
-    continuations = []
-    for index, prompt in enumerate(prompts):
-        continuations.append(tuple(session.generate(prompt, new_tokens).tolist()))
-        report(index + 1)
-    finished = tuple(session.ends_generation(tokens[-1]) for tokens in continuations)
-    return Continuations(len(prompts[0]), new_tokens, tuple(continuations), finished)
+    asked = [Prompt(tuple(prompt.tolist()), new_tokens) for prompt in prompts]
+    continuations: list[Continuation] = []
+    for batch in prompt_batches(session, asked):
+        continuations += continue_batch(session, [asked[index] for index in batch])
+        report(len(continuations))
+    tokens = tuple(it.tokens for it in continuations)
+    finished = tuple(it.ended == TEXT_END for it in continuations)
+    return Continuations(len(prompts[0]), new_tokens, tokens, finished)
 
 
 def loop_metrics(found: Continuations, reference: Continuations | None = None) -> LoopMetrics:
     """The figures of some continuations, beside those of the reference's from the same prompts."""
+    loops = [ends_in_loop(tokens) for tokens in found.tokens]
     figures = LoopMetrics(
         prompts=len(found.tokens),
         prompt_tokens=found.prompt_tokens,
         new_tokens=found.new_tokens,
         repeated=float(np.mean([repeated_share(tokens) for tokens in found.tokens])),
-        looping=float(np.mean([ends_in_loop(tokens) for tokens in found.tokens])),
+        looping=float(np.mean(loops)),
         unfinished=1 - float(np.mean(found.finished)),
+        looping_interval=wilson(sum(loops), len(loops)),
+        prompts_needed=needed(sum(loops) / len(loops), CHANGE),
+        tool_calls=found.tool_calls,
     )
     if reference is None:
         return figures
     before = loop_metrics(reference)
+    n_before = round(before.looping * before.prompts)
     return replace(
         figures,
         reference_repeated=before.repeated,
@@ -109,7 +163,21 @@ def loop_metrics(found: Continuations, reference: Continuations | None = None) -
         same_start=float(
             np.mean([_same_start(ours, theirs) for ours, theirs in zip(found.tokens, reference.tokens, strict=True)])
         ),
+        reference_looping_interval=before.looping_interval,
+        looping_p_value=two_shares(sum(loops), len(loops), n_before, before.prompts),
+        prompts_needed=before.prompts_needed,
+        reference_tool_calls=before.tool_calls,
     )
+
+
+def loop_warnings(loops: LoopMetrics | None) -> list[str]:
+    """A sentence where too few prompts were run for what the figures are asked to show."""
+    if loops is None or loops.prompts >= loops.prompts_needed:
+        return []
+    return [
+        f"{loops.prompts:,} prompts do not show whether two more of a hundred end in a loop; about"
+        f" {loops.prompts_needed:,} would, four times of five (--loop-prompts)"
+    ]
 
 
 def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:

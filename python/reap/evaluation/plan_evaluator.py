@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineOptions
 from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import MismatchError, UnsupportedModelError, UsageError
-from reap.evaluation.loops import Continuations, choose_prompts, continue_prompts
+from reap.evaluation.loops import N_PROMPTS, Continuations, choose_prompts, continue_prompts
 from reap.evaluation.quality_metrics import Predictions, TokenScores, compare_predictions, quality_metrics
 from reap.evaluation.result import Evaluation
 from reap.files.paths import PathLike
@@ -199,13 +199,19 @@ class PlanEvaluator:
         scores = self.token_scores(plan, reference=reference, progress=steps.next())
         return self._evaluation(plan, scores, reference, time.perf_counter() - started)
 
-    def continuations(self, plan: PrunePlan | None = None, progress: ProgressCallback | None = None) -> Continuations:
+    def continuations(
+        self,
+        plan: PrunePlan | None = None,
+        progress: ProgressCallback | None = None,
+        *,
+        n_prompts: int = N_PROMPTS,
+    ) -> Continuations:
         """How the model continues the loop probe's prompts with the experts that `plan` keeps; of all of them,
         computed once."""
         if plan is None and self._continuations is not None:
             return self._continuations
         self._set_plan(plan)
-        prompts, new_tokens = choose_prompts(self.text.windows, self.text.ctx_size)
+        prompts, new_tokens = choose_prompts(self.text.windows, self.text.ctx_size, n_prompts)
 
         def report(n_done: int) -> None:
             if progress is not None:

@@ -82,9 +82,21 @@ def _loops_meaning(loops: LoopMetrics | None) -> Iterator[str]:
     if loops is None:
         return
     text = f"Left to itself, the model ends {loops.looping:.0%} of {loops.prompts} continuations in a loop"
-    if loops.reference_looping is not None:
-        text += f" (the reference {loops.reference_looping:.0%})"
-    text += f", and {loops.repeated:.0%} of its 4-grams are repetitions"
+    text += f" (95 %: {_interval(loops.looping_interval)})"
+    if loops.reference_looping is not None and loops.reference_looping_interval is not None:
+        text += f", the reference {loops.reference_looping:.0%} ({_interval(loops.reference_looping_interval)}"
+        text += f"; p = {loops.looping_p_value or 0:.2g})"
+    text += f"; {loops.repeated:.0%} of its 4-grams are repetitions"
     if loops.reference_repeated is not None:
         text += f" (the reference {loops.reference_repeated:.0%})"
     yield text + "."
+    for who, calls in (("the model's", loops.tool_calls), ("the reference's", loops.reference_tool_calls)):
+        if calls is not None:
+            yield (
+                f"Of {who} {calls.calls} tool calls, in {calls.called} of {calls.prompts} answers, {calls.parsed} can"
+                f" be read and {calls.matched} match the tool's schema."
+            )
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.1%} to {interval[1]:.1%}"

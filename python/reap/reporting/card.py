@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import MismatchError, UsageError
+from reap.evaluation.answer_files import read_answers
 from reap.evaluation.sweep_table import Sweep
 from reap.files.atomic import check_distinct, paths_of, write_whole
 from reap.files.formatting import bytes_text, ranges_text
@@ -20,6 +21,8 @@ from reap.files.strict_json import Node, read_json
 from reap.gguf.experts import gates_depend_on_all
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.gguf.reader import GGUFModel
+from reap.reporting.answers_section import loop_rows, recommended_settings
+from reap.reporting.benchmarks import COLUMNS, EXPLAINED, is_of_tasks, task_rows
 from reap.reporting.gpu_fit import describe_fit
 from reap.reporting.page import environment
 from reap.scores.identity import compare_records
@@ -37,6 +40,7 @@ def model_card(
     source: PathLike | None = None,
     profile: Profile | PathLike | None = None,
     evaluations: Sequence[PathLike] = (),
+    answers: Sequence[PathLike] = (),
     sweep: Sweep | PathLike | None = None,
     base_model: str | None = None,
     license: str | None = None,
@@ -49,7 +53,9 @@ def model_card(
         pruned: what was removed is read from its own reap.* keys
         source: the model before: its size, checked by fingerprint
         profile: what the plan was made of: names the calibration
-        evaluations: files of `reap evaluate --json`, of the pruned model and of its source
+        evaluations: files of `reap evaluate --json`, of texts or tasks, of the pruned model and of its source
+        answers: files of `reap generate`: how often they end in a loop; of one model in several settings, which loops
+            less, where that is clear
         sweep: what `reap.sweep` returned, or the file of it
         base_model: name of the source on a hub; license: its identifier there
         force: replace an output that exists
@@ -57,7 +63,7 @@ def model_card(
     Raises UsageError for a file that no `prune` wrote or that cannot be read, MismatchError for a source of another
     model, FormatError for a damaged file, OutputError.
     """
-    check_distinct([output], paths_of(pruned, source, profile, sweep, *evaluations))
+    check_distinct([output], paths_of(pruned, source, profile, sweep, *evaluations, *answers))
     info = inspect(pruned)
     origin = _Origin.of(info)
     before = None if source is None else inspect(source)
@@ -69,6 +75,7 @@ def model_card(
     if measured is not None and not _is_of(measured, origin, before):
         raise MismatchError(f"the profile is not of the model that {info.path} was pruned from")
     judged = [read_json(path, what="evaluation", max_bytes=_MAX_BYTES) for path in evaluations]
+    answered = [read_answers(path) for path in answers]
     text = environment().get_template("card.md.j2").render(
         base_model=None if base_model is None else json.dumps(base_model),
         license=None if license is None else json.dumps(license),
@@ -81,8 +88,13 @@ def model_card(
         n_kept=info.n_experts,
         facts=list(_facts(info)),
         how=list(_how(info, origin, measured)),
-        evaluations=[row for root in judged for row in _evaluation(root, info, origin)],
+        evaluations=[row for root in judged if not is_of_tasks(root) for row in _evaluation(root, info, origin)],
         loops=[sentence for root in judged for sentence in _loops(root)],
+        task_columns=COLUMNS,
+        tasks_explained=EXPLAINED,
+        tasks=[[escape(cell) for cell in row] for root in judged if is_of_tasks(root) for row in task_rows(root)],
+        answers=[[escape(cell) for cell in row] for row in loop_rows(answered)],
+        settings=[escape(sentence) for sentence in recommended_settings(answered)],
         sweep=[] if sweep is None else _sweep_rows(sweep, info.n_experts, origin.n_experts),
         cautions=list(_cautions(info)),
         layers=list(_layers(info, origin)),
@@ -237,6 +249,10 @@ def _loops(root: Node) -> Iterator[str]:
     found = root["loops"]
     looping, before, repeated = (_number(found, key) for key in ("looping", "reference_looping", "repeated"))
     beside = "" if before is None else f"; of the reference's {percent(before)}"
+    interval = found.members().get("looping_interval")
+    if isinstance(interval, list) and len(interval) == 2:
+        low, high = (found["looping_interval"].entry(index).number() for index in range(2))
+        beside = f" (95 %: {percent(low, 1)} to {percent(high, 1)}){beside}"
     yield (
         f"Of {found['prompts'].integer()} greedy continuations by {escape(Path(root['model'].string()).name)}, "
         f"{percent(looping)} ended in a loop{beside}. "

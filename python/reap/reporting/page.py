@@ -32,6 +32,8 @@ class Table:
     """Their cells, which are text already."""
     is_words: bool = False
     """Cells are to be read, not compared."""
+    is_text: bool = False
+    """Cells are text of several lines, shown as it is."""
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reap.errors import MismatchError, ReapWarning
+from reap.evaluation.answer_files import read_answers
 from reap.evaluation.sweep_table import Sweep
 from reap.files.atomic import check_distinct, paths_of
 from reap.files.formatting import bytes_text
 from reap.files.formatting import number_text as number
 from reap.files.formatting import percent_text as percent
 from reap.files.paths import PathLike
+from reap.files.strict_json import MAX_BYTES, Node, read_json
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.pruning.sizing import measure_size
 from reap.reporting import plots
+from reap.reporting.answers_section import answers_section
+from reap.reporting.benchmarks import is_of_tasks, tasks_section
 from reap.reporting.choice_sections import criteria, domains, low, provenance, super_experts_section
 from reap.reporting.experts_sections import distribution, experts, inequality, kept_mass, layer, load
 from reap.reporting.page import Page, Section, packed, write_page
@@ -54,6 +58,8 @@ def report(
     plan: PrunePlan | PathLike | None = None,
     sweep: Sweep | PathLike | None = None,
     model: PathLike | None = None,
+    evaluations: Sequence[PathLike] = (),
+    answers: Sequence[PathLike] = (),
     force: bool = False,
 ) -> Path:
     """Write one HTML file that shows what a profile says; it opens without a connection. Returns its path.
@@ -62,13 +68,15 @@ def report(
         plan: the experts that stay; without one the page shows, and says so, what half of them by REAP would be
         sweep: what `reap.sweep` returned, or the file of it: adds quality against size
         model: the GGUF file: adds sizes before and after by kind of tensor, and which memory they fit into
+        evaluations: files of `reap evaluate --tasks --json`: adds the benchmarks
+        answers: two files of `reap generate`, of the whole model and of the pruned one: shows them side by side
         force: replace an output that exists
 
     Raises UsageError where a file cannot be read or replaced, FormatError where one is damaged, MismatchError where
     they are not of one model, OutputError where the page cannot be written.
     A plan that is not the sweep's winner is a ReapWarning, and on the page.
     """
-    check_distinct([output], paths_of(profile, plan, sweep, model))
+    check_distinct([output], paths_of(profile, plan, sweep, model, *evaluations, *answers))
     source = Profile.of(profile)
     given = None if plan is None else PrunePlan.of(plan)
     if given is not None:
@@ -88,11 +96,21 @@ def report(
         _require_model_of(source, info)
     size = None if model is None or info is None else measure_size(model, None if info.refusals else made)
     name = None if isinstance(profile, Profile) else Path(profile).name
-    sources = Sources(source, made, given is None, table, info, size, name)
+    benchmarks = tuple(_benchmark(path) for path in evaluations)
+    sources = Sources(
+        source, made, given is None, table, info, size, name, benchmarks, tuple(map(read_answers, answers))
+    )
     written = write_page(page_of(sources), output, force=force)
     if sources.remark is not None:
         warnings.warn(sources.remark, ReapWarning, stacklevel=2)
     return written
+
+
+def _benchmark(path: PathLike) -> Node:
+    root = read_json(path, what="evaluation", max_bytes=MAX_BYTES)
+    if not is_of_tasks(root):
+        root.fail("is not what reap evaluate --tasks --json prints; the page shows quality on texts from a sweep")
+    return root
 
 
 def _require_model_of(profile: Profile, info: ModelInfo) -> None:
@@ -166,6 +184,10 @@ def sections(sources: Sources) -> Iterator[Section]:
         yield kept_mass(sources)
     if sources.sweep is not None:
         yield from quality(sources, sources.sweep)
+    if sources.benchmarks:
+        yield tasks_section(sources.benchmarks)
+    if sources.answers:
+        yield answers_section(sources.answers)
     if sources.size is not None:
         yield sizes(sources, sources.size)
         yield memory(sources, sources.size)

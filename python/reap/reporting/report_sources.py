@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from reap.evaluation.answer_files import AnswerFile
 from reap.evaluation.sweep_table import Sweep
 from reap.evaluation.sweep_winner import plan_remark
+from reap.files.strict_json import Node
 from reap.gguf.model_info import ModelInfo
 from reap.pruning.sizing import ModelSize
 from reap.scores.plan import PrunePlan
@@ -36,6 +39,10 @@ class Sources:
     """Its size before and after the plan, where the file was given."""
     file_name: str | None
     """Name of the profile's file; None: it is in no file."""
+    benchmarks: Sequence[Node] = ()
+    """What `reap evaluate --tasks --json` printed."""
+    answers: Sequence[AnswerFile] = ()
+    """Two files of answers, of the whole model and of the pruned one."""
 
     @cached_property
     def mask(self) -> Mask:

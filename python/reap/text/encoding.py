@@ -128,7 +128,7 @@ class Encoder:
             raise SampleLeftOut(sample.where, "the assistant's turns cannot be told apart", str(error)) from error
         except CalibrationError as error:
             raise CalibrationError(f"{sample.where}: {error}") from error
-        add_special = not sample.continues and not (is_rendered and self._starts_with_bos(text))
+        add_special = not sample.continues and self._adds_special(text, is_rendered)
         parse_special = is_rendered or self._parse_special
         ids = self._tokenizer.tokenize(text, add_special=add_special, parse_special=parse_special)
         if sample.continues or sample.goes_on:
@@ -140,6 +140,25 @@ class Encoder:
         if located is None:
             located = self._locate_by_prefix(ids, text, spans, byte_spans, add_special, parse_special)
         return ids, [any(start < end and a < end and start < b for a, b in byte_spans) for start, end in located]
+
+    def tokens_of(self, text: str, *, is_rendered: bool) -> list[int]:
+        """Ids of a text that the model is to go on with; is_rendered: a template wrote it. CalibrationError."""
+        if not self._tokenizer.has_tokenizer:
+            raise CalibrationError('the model has no tokenizer, so a line has to give "tokens"')
+        check_text(text)
+        ids = self._tokenizer.tokenize(
+            text,
+            add_special=self._adds_special(text, is_rendered),
+            parse_special=is_rendered or self._parse_special,
+        )
+        return ids[:-1] if ids and ids[-1] == self._tokenizer.eos and not self._ends_with_eos(text) else ids
+
+    def _adds_special(self, text: str, is_rendered: bool) -> bool:
+        return not (is_rendered and self._starts_with_bos(text))
+
+    def _ends_with_eos(self, text: str) -> bool:
+        eos = self._special(self._tokenizer.eos)
+        return bool(eos) and text.endswith(eos)
 
     def _end_of_part(self, ids: list[int], sample: Sample) -> list[int]:
         """A text file's part without what the tokenizer puts at the end of a text, except the last part, which has
@@ -177,11 +196,12 @@ class Encoder:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             if sample.system is not None:
                 messages.insert(0, {"role": "system", "content": sample.system})
-        rendered = self._chat().read(messages, tools=sample.tools, turns=only_response)
+        rendered = self.template().read(messages, tools=sample.tools, turns=only_response)
         self.texts_left_out.update(_NAMES.get(name, name) for _, name in rendered.left_out)
         return rendered.text, rendered.spans, True
 
-    def _chat(self) -> ChatTemplate:
+    def template(self) -> ChatTemplate:
+        """The chat template, the file's or the model's. CalibrationError where there is none."""
         if self._template is None:
             source = self._template_source or self._tokenizer.chat_template
             if not source:
