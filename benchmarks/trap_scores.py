@@ -29,7 +29,7 @@ import numpy as np
 import reap
 from reap.engine.options import EngineOptions
 from reap.engine.session import SessionTokenizer, open_session
-from reap.text.calibration import Calibration
+from reap.text.windows import Calibration
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

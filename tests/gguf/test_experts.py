@@ -1,4 +1,4 @@
-"""reap.gguf.experts: which tensors are cut, which are not, and what is refused by name."""
+"""reap.gguf.expert_tensors: which tensors are cut, which are not, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
 from helpers.gguf_builder import build_moe
 from reap.errors import FormatError
-from reap.gguf.experts import ExpertLayout, Role, find_rule, gates_depend_on_all, read_layout
+from reap.gguf.expert_tensors import ExpertLayout, Role, find_rule, gates_depend_on_all, read_layout
 from reap.gguf.reader import GGUFModel
 
 # correctness trap 12, name by name

@@ -21,7 +21,7 @@ from reap.profiling.interrupts import endings_as_interrupts, uninterrupted
 from reap.profiling.resume import ResumeFile, State, beside
 from reap.profiling.run import RunResult, measure
 from reap.progress import Progress
-from reap.text.calibration import Calibration
+from reap.text.windows import Calibration
 
 SHAPE = (N_LAYERS, N_EXPERTS)
 LINES = [{"tokens": [number, 7, 8], "domain": "ab"[number % 2]} for number in range(20)]

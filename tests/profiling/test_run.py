@@ -22,7 +22,7 @@ from reap.profiling.record import make_profile
 from reap.profiling.resume import ResumeFile
 from reap.profiling.run import measure
 from reap.scores.profile import Profile
-from reap.text.calibration import Calibration
+from reap.text.windows import Calibration
 
 CASES = int(os.environ.get("REAP_RUN_CASES") or 2000)
 FIRST = int(os.environ.get("REAP_RUN_FIRST") or 0)

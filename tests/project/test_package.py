@@ -313,7 +313,7 @@ def hand_on() -> Iterator[tuple[Any, Any]]:
     from reap.hf.memory.loading import LoadArguments, LoadOptions
     from reap.scores.plan import plan
     from reap.text.asked import PromptArguments, Prompts
-    from reap.text.calibration import Calibration, TextArguments
+    from reap.text.windows import Calibration, TextArguments
 
     yield from ((SamplingArguments, Sampling), (PromptArguments, Prompts))
     yield from ((EngineArguments, EngineOptions), (TypeArguments, TypeChoice), (PlanArguments, plan))

@@ -29,6 +29,7 @@ def load_script(name: str) -> ModuleType:
 
 
 source_facts, bump = load_script("source_facts"), load_script("bump")
+TABLE = source_facts.TABLE
 
 
 def pinned_tree() -> Path | None:
@@ -111,10 +112,8 @@ def test_a_new_form_of_the_gate_is_named(tree: Path) -> None:
 def test_a_tensor_that_the_loader_renames_is_named(tree: Path) -> None:
     replace_in(tree / "src" / "llama-arch.cpp", '"blk.%d.ffn_down_exps"', '"blk.%d.ffn_moe_down_w"')
     sentences = found_in(tree)
-    assert "reap/gguf/experts.py knows blk.N.ffn_down_exps, which llama.cpp's loader no longer asks for" in sentences
-    assert (
-        "llama.cpp's loader asks for blk.N.ffn_moe_down_w.weight, which reap/gguf/experts.py does not know" in sentences
-    )
+    assert f"{TABLE} knows blk.N.ffn_down_exps, which llama.cpp's loader no longer asks for" in sentences
+    assert f"llama.cpp's loader asks for blk.N.ffn_moe_down_w.weight, which {TABLE} does not know" in sentences
 
 
 @needs_tree
@@ -125,7 +124,7 @@ def test_a_new_tensor_of_the_experts_is_named(tree: Path) -> None:
         'LLM_TENSOR_FFN_DOWN_EXPS, "zero_point"',
     )
     assert found_in(tree) == [
-        "llama.cpp's loader asks for blk.N.ffn_down_exps.zero_point, which reap/gguf/experts.py does not know"
+        f"llama.cpp's loader asks for blk.N.ffn_down_exps.zero_point, which {TABLE} does not know"
     ]
 
 

@@ -1,4 +1,4 @@
-"""text.calibration, samples and encoding: lines -> samples -> token ids, windows and masks."""
+"""text.samples, encoding and windows: lines -> samples -> token ids, windows and masks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 from helpers.byte_tokenizer import CHATML, ByteTokenizer, text_of
 from reap.errors import CalibrationError, UsageError
-from reap.text.calibration import Calibration, Window
 from reap.text.chat_template import ChatTemplate
+from reap.text.windows import Calibration, Window
 
 # Like Qwen3's: the last turn shows a block of thoughts that earlier turns do not have.
 THINKING = CHATML.replace(
@@ -132,7 +132,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
 
 
 def test_a_line_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reap.text.rows.LINE_LIMIT", 1000)
+    monkeypatch.setattr("reap.text.lines.LINE_LIMIT", 1000)
     write(tmp_path / "c.jsonl", {"text": "x"}, {"text": "x" * 1000})
     with pytest.raises(CalibrationError, match=r"c\.jsonl:2: the line is longer than"):
         windows_of(tmp_path / "c.jsonl")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from reap.errors import UsageError
-from reap.text.calibration import Calibration
 from reap.text.chat_template import ChatTemplate
 from reap.text.marks import Unlocated
+from reap.text.windows import Calibration
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

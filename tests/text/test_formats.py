@@ -28,12 +28,12 @@ from hypothesis import strategies as st
 from helpers.byte_tokenizer import ByteTokenizer, text_of
 from reap.errors import CalibrationError, UsageError
 from reap.scores.plan import PrunePlan
-from reap.text.calibration import Calibration
 from reap.text.evaluation_text import text_files
-from reap.text.rows import BadLine
+from reap.text.lines import BadLine
 from reap.text.samples import Sample, SampleReader
 from reap.text.shapes import KEYS, parse_sample
 from reap.text.sources import split_domain
+from reap.text.windows import Calibration
 
 
 def samples_of(source: Any, **options: Any) -> list[Sample]:
@@ -222,7 +222,7 @@ values = st.recursive(
 
 @given(st.lists(st.dictionaries(st.text(max_size=5), values, max_size=5), max_size=6), st.integers(1, 40), st.data())
 def test_an_array_in_pieces_of_any_size(rows: list[dict[str, Any]], block: int, data: st.DataObject) -> None:
-    from reap.text import rows as module
+    from reap.text import lines as module
 
     indent = data.draw(st.sampled_from([None, 1]))
     ascii_only = data.draw(st.booleans())

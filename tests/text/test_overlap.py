@@ -15,8 +15,8 @@ from reap.errors import FormatError
 from reap.files.strict_json import Node
 from reap.scores.merging import merge
 from reap.scores.profile import Profile
-from reap.text.calibration import Calibration
 from reap.text.overlap import CAPACITY, WINDOW, Sketch, overlap_warnings, read_sketch, window_hashes
+from reap.text.windows import Calibration
 
 
 def random_text(seed: int, n_tokens: int) -> np.ndarray:

@@ -18,8 +18,8 @@ import reap
 from helpers.byte_tokenizer import ByteTokenizer
 from reap.cli import main
 from reap.errors import CalibrationError, EngineError, UsageError
-from reap.text.calibration import Calibration
 from reap.text.preview import Preview, preview_text
+from reap.text.windows import Calibration
 
 DATA = Path(reap.__file__).parent / "data"
 MODEL = DATA / "reap-demo-3.7m-q8_0.gguf"

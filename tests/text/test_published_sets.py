@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from reap.text.calibration import Calibration
+from reap.text.windows import Calibration
 
 Row = dict[str, Any]
 

@@ -20,7 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: Nodes that look like a form of the gate or of the experts' output, and are none: sums of gates.
 NOT_A_FORM = {"ffn_moe_weights_sum", "ffn_moe_weights_sum_clamped"}
-#: Tensors that reap.gguf.experts cuts, keeps on purpose or refuses; the loader must know them by these names.
+#: Where the table of tensors is.
+TABLE = "reap/gguf/expert_tensors.py"
+#: Tensors that it cuts, keeps on purpose or refuses; the loader must know them by these names.
 EXPERT_TENSORS = {
     *(f"ffn_{part}_exps" for part in ("gate", "up", "down", "gate_up")),
     *(f"ffn_{part}_shexp" for part in ("gate", "up", "down", "gate_inp")),
@@ -119,16 +121,16 @@ def _pre_tokenizer_problems(facts: Facts) -> list[str]:
 
 
 def _tensor_problems(facts: Facts) -> list[str]:
-    from reap.gguf.experts import find_rule
+    from reap.gguf.expert_tensors import find_rule
 
-    found = [f"reap/gguf/experts.py knows blk.N.{name}, which llama.cpp's loader no longer asks for"
+    found = [f"{TABLE} knows blk.N.{name}, which llama.cpp's loader no longer asks for"
              for name in sorted(EXPERT_TENSORS - facts.tensors.keys())]  # fmt: skip
     for name, suffixes in sorted(facts.tensors.items()):
         if not re.search(r"exp|gate_inp|tid2eid|moe|router", name):
             continue
         for full in sorted(f"{name}.{suffix}" for suffix in suffixes) or [name]:
             if find_rule(full) is None:
-                found.append(f"llama.cpp's loader asks for blk.N.{full}, which reap/gguf/experts.py does not know")
+                found.append(f"llama.cpp's loader asks for blk.N.{full}, which {TABLE} does not know")
     return found
 
 

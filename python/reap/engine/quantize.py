@@ -28,7 +28,7 @@ from reap.errors import EngineError, FormatError, MismatchError, OutputError, Un
 from reap.files.arguments import divide, shows
 from reap.files.atomic import check_output, check_space, written_elsewhere
 from reap.files.paths import PathLike
-from reap.gguf.experts import read_architecture
+from reap.gguf.expert_tensors import read_architecture
 from reap.gguf.imatrix import Imatrix, read_imatrix
 from reap.gguf.model_info import engine_refusal
 from reap.gguf.reader import GGUFModel

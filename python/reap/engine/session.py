@@ -73,7 +73,7 @@ def _check_types(path: PathLike) -> None:
 
 
 class SessionTokenizer:
-    """The model's own tokenizer, as `reap.text.calibration.Tokenizer` wants it."""
+    """The model's own tokenizer, as `reap.text.windows.Tokenizer` wants it."""
 
     def __init__(self, session: _core.Session | _core.Vocabulary) -> None:
         self._session = session

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from reap.gguf.experts import ExpertLayout, read_text
+from reap.gguf.expert_tensors import ExpertLayout, read_text
 from reap.gguf.parser import MetadataValue, TensorInfo
 from reap.gguf.reader import GGUFModel
 from reap.gguf.tensor_types import INTEGER_TYPES, ValueType

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from reap.errors import FormatError, UnsupportedModelError
 from reap.files.paths import PathLike
-from reap.gguf.experts import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count, read_layout, read_text
+from reap.gguf.expert_tensors import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count, read_layout, read_text
 from reap.gguf.fingerprint import fingerprint_of, first_fingerprint, hash_tensors, identity_parts
 from reap.gguf.foreign_types import which_engine
 from reap.gguf.reader import GGUFModel, TensorInfo

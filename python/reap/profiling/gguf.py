@@ -17,8 +17,8 @@ from reap.profiling.resume import SECONDS, ResumeFile, identify
 from reap.profiling.run import SHARED_SEQUENCES, measure
 from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
-from reap.text.calibration import Calibration, TextArguments
 from reap.text.sources import Source
+from reap.text.windows import Calibration, TextArguments
 from reap.version import version
 
 if TYPE_CHECKING:

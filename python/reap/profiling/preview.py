@@ -15,9 +15,9 @@ from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
 from reap.profiling.gguf import Arguments
 from reap.progress import ProgressCallback
-from reap.text.calibration import Calibration, TextArguments
 from reap.text.preview import Preview, preview_text
 from reap.text.sources import Source
+from reap.text.windows import Calibration, TextArguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,7 +11,7 @@ from reap.errors import CalibrationError, EngineError
 from reap.profiling.resume import Arrays
 from reap.profiling.run import RunResult
 from reap.scores.profile import Profile
-from reap.text.calibration import Calibration
+from reap.text.windows import Calibration
 
 
 def make_profile(

@@ -21,7 +21,7 @@ from reap.files.paths import PathLike
 from reap.files.strict_json import Node, json_bytes, read_json
 from reap.scores.profile import Profile
 from reap.scores.records import SUMS
-from reap.text.calibration import Calibration
+from reap.text.windows import Calibration
 from reap.version import version
 
 FORMAT = "reap.resume"

@@ -19,7 +19,7 @@ from reap.errors import CalibrationError, EngineError, Interrupted, MismatchErro
 from reap.profiling.interrupts import endings_as_interrupts, uninterrupted
 from reap.profiling.resume import Arrays, ResumeFile, State
 from reap.progress import Progress, ProgressCallback
-from reap.text.calibration import Calibration, Tokenizer, Window
+from reap.text.windows import Calibration, Tokenizer, Window
 
 NOT_COUNTED = -1
 # short samples that may share one batch, as separate sequences

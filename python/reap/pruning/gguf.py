@@ -17,7 +17,7 @@ from reap.errors import FormatError, OutputError, UsageError
 from reap.files.atomic import check_output, check_space, write_set
 from reap.files.paths import PathLike
 from reap.files.ranges import Piece, Span, Writable, merge_spans
-from reap.gguf.experts import ExpertLayout, gates_depend_on_all, read_count, read_layout
+from reap.gguf.expert_tensors import ExpertLayout, gates_depend_on_all, read_count, read_layout
 from reap.gguf.imatrix import Experts, Imatrix, output_name, read_imatrix
 from reap.gguf.model_info import PROVENANCE_PREFIX, ModelInfo, describe
 from reap.gguf.reader import GGUFModel, TensorInfo

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reap.files.paths import PathLike
-from reap.gguf.experts import read_layout
+from reap.gguf.expert_tensors import read_layout
 from reap.gguf.reader import GGUFModel
 from reap.pruning.gguf import size_after
 from reap.scores.plan import PrunePlan

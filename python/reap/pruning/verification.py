@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reap.errors import FormatError, OutputError
-from reap.gguf.experts import ExpertLayout, read_layout
+from reap.gguf.expert_tensors import ExpertLayout, read_layout
 from reap.gguf.imatrix import Experts, Imatrix, read_imatrix
 from reap.gguf.reader import GGUFFile, GGUFModel, TensorInfo
 from reap.gguf.writer import NewFile

@@ -18,7 +18,7 @@ from reap.files.formatting import number_text as number
 from reap.files.formatting import percent_text as percent
 from reap.files.paths import PathLike
 from reap.files.strict_json import Node, read_json
-from reap.gguf.experts import gates_depend_on_all
+from reap.gguf.expert_tensors import gates_depend_on_all
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.gguf.reader import GGUFModel
 from reap.reporting.answers_section import loop_rows, recommended_settings

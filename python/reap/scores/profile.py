@@ -136,7 +136,7 @@ class Profile:
 
     @property
     def never_routed(self) -> NDArray[np.bool_]:
-        """bool [n_layers, n_experts]: experts that no token was routed to; their means are undefined."""
+        """Experts that no token was routed to, whose means are undefined: bool [n_layers, n_experts]."""
         return np.asarray(self.counts == 0)
 
     def domain(self, name: str) -> Profile:

@@ -9,7 +9,7 @@ from typing import Any
 
 from reap.errors import CalibrationError, MissingExtraError
 from reap.files.strict_json import shorten
-from reap.text.rows import BadLine, Row
+from reap.text.lines import BadLine, Row
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 64, 4 << 20
 _BUFFER = 1 << 20

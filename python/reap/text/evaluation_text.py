@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from reap.errors import CalibrationError, UsageError
 from reap.files.paths import PathLike
 from reap.files.recognise import unreadable_text
-from reap.text.calibration import Calibration, Tokenizer
 from reap.text.formats import TEXT, open_data
 from reap.text.sources import files_at
 from reap.text.streams import BLOCK, COMPRESSED_SUFFIXES, ByteStream
+from reap.text.windows import Calibration, Tokenizer
 
 Text = PathLike | Sequence[PathLike]
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from reap.errors import CalibrationError
 from reap.text.columnar import ColumnarFile
-from reap.text.rows import BadLine, Row, json_array, json_lines
+from reap.text.lines import BadLine, Row, json_array, json_lines
 from reap.text.shapes import KEY_SETS, KEYS
 from reap.text.sources import COLUMNAR_SUFFIXES, JSON_SUFFIXES, SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES
 from reap.text.streams import COMPRESSED_SUFFIXES, ByteStream, suffix_of

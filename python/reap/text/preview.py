@@ -11,8 +11,8 @@ from itertools import groupby
 from typing import Any
 
 from reap.progress import Progress, ProgressCallback
-from reap.text.calibration import Calibration, Window
 from reap.text.encoding import THOUGHTS, Tokenizer
+from reap.text.windows import Calibration, Window
 
 _SHOWN_TOKENS = 4096
 _SHORTEST_RUN = 4

@@ -13,7 +13,7 @@ from typing import Any
 
 from reap.errors import CalibrationError
 from reap.text.formats import TEXT, open_data
-from reap.text.rows import BadLine, Row
+from reap.text.lines import BadLine, Row
 from reap.text.sample import Sample as Sample
 from reap.text.shapes import check_columns, parse_sample
 from reap.text.sources import Part, parts_of

@@ -23,7 +23,7 @@ from reap.text.conversations import (
     read_tools,
     with_system,
 )
-from reap.text.rows import BadLine
+from reap.text.lines import BadLine
 from reap.text.sample import Message, Sample
 
 DOMAIN_LIMIT = 128  # characters of a name

@@ -9,7 +9,7 @@ from itertools import chain
 
 from reap.errors import CalibrationError
 from reap.files.strict_json import shorten
-from reap.text.rows import BadLine, Row
+from reap.text.lines import BadLine, Row
 from reap.text.streams import LINE_LIMIT, ByteStream
 
 DELIMITERS = ",\t;|"

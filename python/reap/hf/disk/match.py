@@ -15,7 +15,7 @@ import numpy as np
 from reap.errors import MismatchError
 from reap.files.paths import PathLike
 from reap.gguf.dequantize import PLAIN_TYPES, dequantize
-from reap.gguf.experts import ExpertLayout, read_layout
+from reap.gguf.expert_tensors import ExpertLayout, read_layout
 from reap.gguf.model_info import ModelInfo, describe, require_moe
 from reap.gguf.reader import GGUFModel, TensorInfo
 from reap.gguf.router_sketch import ROUNDING, rounding_bound

@@ -1,4 +1,4 @@
-"""transformers' tokenizers as `reap.text.calibration` wants them."""
+"""transformers' tokenizers as `reap.text.windows` wants them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class HFTokenizer:
-    """`reap.text.calibration.Tokenizer` around a transformers tokenizer, or around none (then only token ids can be
+    """`reap.text.windows.Tokenizer` around a transformers tokenizer, or around none (then only token ids can be
     used)."""
 
     def __init__(self, tokenizer: Any, n_vocab: int) -> None:

@@ -1,4 +1,4 @@
-"""Rows of data: JSON Lines and JSON arrays as a stream of objects, each with the place it came from."""
+"""Lines of JSON, and JSON arrays, as a stream of objects, each with the place it came from."""
 
 from __future__ import annotations
 
