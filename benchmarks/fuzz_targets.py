@@ -282,7 +282,7 @@ def seed_resume(directory: Path) -> None:
     group: dict[str, Any] = {"total_tokens": np.array([4, 4]), "counts": counts}
     group |= {name: counts * 0.5 for name in SUMS}
     group["norm_max"] = (counts > 0) * 0.5
-    state = State(3, "0" * 64, ["a", None], [group, group], {1: "line 2: why"})
+    state = State(3, "0" * 64, [("a", 0), (None, 3)], [group, group], {1: "line 2: why"})
     (directory / "seed").unlink(missing_ok=True)
     ResumeFile(directory / "seed", RUN, shape=(2, 4), resume=False).save(state)
 

@@ -218,6 +218,22 @@ BENCHMARKS = (
         quick="benchmarks/device_traffic.py --vocab 2048 --tokens 64",
     ),
     Benchmark(
+        "stability",
+        "the overlap that Profile.stability promises, for six metrics, three numbers kept and three amounts of text",
+        "the overlap with other profiles of as much text, over 200 random divisions of the calibration",
+        12,
+        "benchmarks/stability.py",
+        (
+            Figure(
+                "promised against observed overlap with another profile, means of 200 divisions of the calibration",
+                r"largest difference of the means # points",
+                "at most {0} points apart",
+            ),
+        ),
+        (*_PROFILING, "python/reap/scores"),
+        quick="benchmarks/stability.py --splits 3",
+    ),
+    Benchmark(
         "refine_noise",
         "what a search should measure",
         "the surprise at the token that came",

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from reap.scores.plan import super_experts as super_experts
     from reap.scores.profile import METRICS as METRICS
     from reap.scores.profile import Profile as Profile
+    from reap.scores.stability import Stability as Stability
     from reap.text.preview import Preview as Preview
 
     __version__: str
@@ -98,6 +99,7 @@ _HOME = {
     "scores.merging": ("merge",),
     "scores.plan": ("PrunePlan", "plan", "super_experts"),
     "scores.profile": ("METRICS", "Profile"),
+    "scores.stability": ("Stability",),
     "text.preview": ("Preview",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -82,8 +83,8 @@ def test_failed_samples_survive(tmp_path: Path) -> None:
 def test_a_domain_without_a_counted_token(tmp_path: Path) -> None:
     lines = [{"prompt": "p", "response": "rr", "domain": "a"}, {"prompt": "qqqq", "response": "rr", "domain": "b"}]
     result = run(lines, keeper(tmp_path / "r"), mask="response", max_tokens=8)
-    assert {domain: total(RunResult({domain: sums}, [])) for domain, sums in result.groups.items()} == {"a": 2}
-    assert json.loads((tmp_path / "r").read_text())["domains"] == ["a"]
+    assert {domain: total(RunResult({domain: parts}, [])) for domain, parts in result.parts.items()} == {"a": 2}
+    assert [group["domain"] for group in json.loads((tmp_path / "r").read_text())["groups"]] == ["a"]
 
 
 def test_failures_are_counted_against_successes() -> None:
@@ -152,20 +153,47 @@ def test_a_file_in_the_way_and_older_files(tmp_path: Path) -> None:
         ResumeFile(path, {}, shape=SHAPE, resume=False)
     with pytest.raises(FormatError, match="of an older release of reap"):
         keeper(path)
+    path.write_text('{"format": "reap.resume", "version": 1}')
+    with pytest.raises(FormatError, match="of an older release of reap, which measured less; remove it to begin anew"):
+        keeper(path)
+
+
+def change_numbers(group: dict[str, Any], name: str, change: Callable[[Any], Any], dtype: str = "<f8") -> None:
+    """Of one array of a resume file."""
+    changed = change(np.frombuffer(base64.b64decode(group[name]), dtype).copy())
+    group[name] = base64.b64encode(changed.tobytes()).decode()
 
 
 DAMAGE: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
-    ("a layer is gone", lambda d: d["groups"][0]["counts"].pop(), "counts has 1 entries where 2"),
-    ("an expert is gone", lambda d: d["groups"][0]["gate_sum"][1].pop(), r"gate_sum\[1\] has 2 entries where 3"),
-    ("ragged totals", lambda d: d["groups"][0]["total_tokens"].append(1), "total_tokens has 3 entries where 2"),
+    (
+        "an expert is gone",
+        lambda d: change_numbers(d["groups"][0], "gate_sum", lambda a: a[1:]),
+        "gate_sum holds 40 bytes where 48 were expected",
+    ),
+    (
+        "a layer too many",
+        lambda d: change_numbers(d["groups"][0], "total_tokens", lambda a: np.append(a, a)),
+        "total_tokens holds 32 bytes where 16 were expected",
+    ),
+    ("no base64", lambda d: d["groups"][0].update(counts="?"), "counts should be base64"),
+    (
+        "not a number",
+        lambda d: change_numbers(d["groups"][0], "gate_sum", lambda a: a * np.nan),
+        "gate_sum has a number that is not finite",
+    ),
     ("no sums", lambda d: d["groups"][0].pop("norm_sum"), 'lacks "norm_sum"'),
-    ("a group without a name", lambda d: d["domains"].pop(), "has 2 entries for 1 domains"),
-    ("one name twice", lambda d: d.update(domains=["a", "a"]), "names a domain twice"),
+    ("a group without a name", lambda d: d["groups"][0].pop("domain"), 'lacks "domain"'),
+    ("a part too many", lambda d: d["groups"][0].update(part=16), "part should be an integer from 0 to 15"),
+    ("one part twice", lambda d: d.update(groups=[d["groups"][0]] * 2), "has a part of a domain twice"),
     ("negative", lambda d: d.update(units=-1), "units should be an integer from 0"),
     ("a word as a unit", lambda d: d.update(failed={"x": "why"}), "failed: x is not one of the 4 samples"),
     ("a failure to come", lambda d: d.update(failed={"4": "why"}), "failed: 4 is not one of the 4 samples"),
     ("no digest", lambda d: d.update(consumed="?"), "consumed should be the SHA-256"),
-    ("sums that contradict", lambda d: d["groups"][0]["norm_max"][0].__setitem__(0, 1e9), "cannot be the sums"),
+    (
+        "sums that contradict",
+        lambda d: change_numbers(d["groups"][0], "norm_max", lambda a: a + 1e9),
+        "cannot be the sums",
+    ),
     ("another format", lambda d: d.update(format="reap.profile"), "is not a resume file"),
     ("another version", lambda d: d.update(version=9), "is not a resume file of this version"),
     ("no identity", lambda d: d.pop("identity"), 'lacks "identity"'),

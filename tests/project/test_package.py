@@ -41,6 +41,7 @@ PUBLIC = [
     "QuantizeReport",
     "ReapError",
     "ReapWarning",
+    "Stability",
     "Sweep",
     "TaskEvaluation",
     "UnsupportedModelError",

@@ -28,6 +28,7 @@ from reap.cli.options import (
     ResumeOptions,
     TextOptions,
     TrustRemoteCode,
+    UntilOptions,
     Verify,
     calibration_source,
 )
@@ -103,6 +104,7 @@ def profile(
     output: Output,
     text: TextOptions,
     kept: ResumeOptions,
+    enough: UntilOptions,
     torch: TorchOptions,
     force: Force = False,
 ) -> None:
@@ -115,6 +117,7 @@ def profile(
             progress=progress,
             **kept.arguments(output),
             **text.arguments(),
+            **enough.arguments(),
             **asdict(torch),
         )
     with kept.until_written(output):

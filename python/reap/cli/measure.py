@@ -25,13 +25,14 @@ from reap.cli.options import (
     ResumeOptions,
     Seed,
     TextOptions,
+    UntilOptions,
     calibration_source,
     parse_keep,
     parse_metric,
 )
 from reap.cli.preview_text import print_preview
 from reap.cli.show import print_facts, print_json, print_table, progress_bar
-from reap.cli.summary import fit_facts, profile_facts
+from reap.cli.summary import fit_facts, profile_facts, until_text
 from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments
 from reap.files.formatting import bytes_text, number_text, ranges_text
 
@@ -159,6 +160,7 @@ def profile(
     output: Output,
     text: TextOptions,
     kept: ResumeOptions,
+    enough: UntilOptions,
     no_prediction_layers: Annotated[
         bool, typer.Option("--no-prediction-layers", help="Leave the prediction (MTP) layers out.")
     ] = False,
@@ -176,6 +178,7 @@ def profile(
             progress=progress,
             **kept.arguments(output),
             **text.arguments(),
+            **enough.arguments(),
             **engine,
         )
     with kept.until_written(output):
@@ -209,6 +212,7 @@ def print_profile(measured: Profile, output: Path) -> None:
             ),
             ("shapes", ", ".join(f"{count:,} {name}" for name, count in (record.get("shapes") or {}).items()) or None),
             *(("note", note) for note in record.get("notes") or ()),
+            ("ended", until_text(record)),
             ("failed", f"{len(failed):,} samples: {'; '.join(failed[:3])}" if failed else None),
             ("domains", ", ".join(measured.domains) or None),
             *profile_facts(measured),

@@ -211,6 +211,42 @@ class ResumeOptions:
 
 
 @dataclass(frozen=True)
+class UntilOptions:
+    """When a calibration has been enough."""
+
+    until: Annotated[
+        str | None,
+        typer.Option(
+            "--until",
+            metavar="98%",
+            help="End the run once another profile of as much text would keep this share of the same experts.",
+        ),
+    ] = None
+    keep: Annotated[
+        str | None, typer.Option("--keep", metavar=KEEP_FORM, help="How many experts --until expects to be kept.")
+    ] = None
+    metric: Annotated[str | None, METRIC] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As `profile` takes them."""
+        if self.until is None:
+            given = "--keep" if self.keep is not None else "--metric" if self.metric is not None else None
+            if given is not None:
+                raise UsageError(
+                    f"{given} is for --until; which experts are kept is decided by `reap plan`, afterwards"
+                )
+            return {}
+        if self.keep is None:
+            raise UsageError("--until needs --keep: how many experts are to be kept decides how much text is enough")
+        metric = parse_metric(self.metric)
+        return {
+            "until": parse_share("--until", self.until),
+            "keep": parse_keep(self.keep),
+            **({} if metric is None else {"metric": metric}),
+        }
+
+
+@dataclass(frozen=True)
 class PlanChoice:
     """The plan that a pruning follows: a file, or a profile and how many experts to keep by which score."""
 
@@ -268,6 +304,18 @@ def parse_keep(text: str) -> Keep:
         raise UsageError(
             f"--keep should be a number of experts (64) or a fraction of them (0.5 or 50%), found {text!r}"
         ) from None
+
+
+def parse_share(option: str, text: str) -> float:
+    """A share above 0 and up to 1: 98%, or 0.98."""
+    percent = _PERCENT.fullmatch(text.strip())
+    try:
+        share = float(percent[1]) / 100 if percent else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"{option} should be a share such as 98% or 0.98, found {text!r}")
+    return share
 
 
 def parse_variables(text: str | None) -> dict[str, Any] | None:

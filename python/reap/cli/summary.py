@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from reap.files.formatting import bytes_text
 from reap.reporting.gpu_fit import describe_fit
@@ -48,7 +49,48 @@ def profile_facts(profile: Profile) -> Facts:
         ("scores", f"Gini of reap {_range_text(gini(profile.score()), profile, '.2f')}"),
         ("super experts", None if found is None else named + _more(len(found)) or "none found"),
         ("half by reap", _half_text(profile)),
+        ("how sure", _stability_text(profile)),
     ]
+
+
+def until_text(calibration: Mapping[str, Any]) -> str | None:
+    """What became of --until."""
+    until = calibration.get("until")
+    if not isinstance(until, dict):
+        return None
+    asked = f"{until['overlap']:.1%} asked for by {until['metric']} at {until['keep']} kept"
+    if until["found"] is None:
+        return f"with the calibration, which is too short to be judged ({asked})"
+    if until["reached"]:
+        return f"early: at {until['found']:.1%} ({asked}), after {calibration.get('samples', 0):,} samples"
+    return f"with the calibration, at {until['found']:.1%} ({asked})"
+
+
+def _stability_text(profile: Profile) -> str | None:
+    """What `Profile.stability` says of half of the experts, or of what --until was given."""
+    from reap.scores.stability import TooFewPartsError
+    from reap.scores.statistics import plan_of_half
+
+    until = profile.calibration.get("until")
+    asked = until if isinstance(until, dict) else {}
+    keep, metric = asked.get("keep", plan_of_half(profile).keep), asked.get("metric", "reap")
+    if profile.replicates is None or keep >= profile.n_experts:
+        return None
+    try:
+        found = profile.stability(keep, metric)
+    except TooFewPartsError as error:
+        return f"not known: {error}"
+    spread = ""
+    if profile.n_layers > 1:
+        (low, worst), (high, best) = found.lowest, found.highest
+        spread = f" ({low:.0%} in layer {worst} to {high:.0%} in layer {best})"
+    worst_first = sorted((part.overlap, name) for name, part in found.domains.items())
+    domains = ", ".join(f"{name} {overlap:.0%}" for overlap, name in worst_first[: 2 * _MOST_NAMED])
+    return (
+        f"of the {keep} experts that {metric} keeps, another profile of as much text would keep {found.overlap:.1%}"
+        + spread
+        + (f"; of each domain's own choice: {domains}" if domains else "")
+    )
 
 
 def _more(count: int) -> str:

@@ -15,6 +15,7 @@ from reap.gguf.model_info import ModelInfo, inspect, require_moe
 from reap.profiling.record import make_profile
 from reap.profiling.resume import SECONDS, ResumeFile, identify
 from reap.profiling.run import SHARED_SEQUENCES, measure
+from reap.profiling.until import Until, UntilArguments
 from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
 from reap.text.sources import Source
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Arguments(EngineArguments, TextArguments, total=False):
-    """How a model is run (`EngineOptions`) and the text is read (`Calibration`)."""
+class Arguments(EngineArguments, TextArguments, UntilArguments, total=False):
+    """How a model is run (`EngineOptions`), the text is read (`Calibration`), and when it is enough (`Until.of`)."""
 
 
-@shows((TextArguments, Calibration))
+@shows((TextArguments, Calibration), (UntilArguments, Until.of))
 @shows_engine_options(ctx_size=PROFILE_CTX_SIZE)
 def profile(
     model: PathLike,
@@ -59,7 +60,9 @@ def profile(
         resume: go on from that file, to the same result.
         checkpoint_seconds: between two savings, at least.
         progress: told after each batch how far the run is.
-        options: those of the text (`Calibration`) and of the engine (`reap.engine.options.EngineOptions`).
+        options: those of the text (`Calibration`) and of the engine (`reap.engine.options.EngineOptions`), and
+            `until`, `keep`, `metric`: with until=0.98, keep=0.5 the run ends once another profile of as much text
+            would keep 98 % of the same half of the experts (`Profile.stability`), all domains together.
 
     Raises:
         UsageError: an option, a file that is not there, a resume file that is in the way or of another run
@@ -70,12 +73,13 @@ def profile(
         Interrupted: Ctrl-C, SIGTERM or SIGHUP with a checkpoint, which was saved. Without one Ctrl-C is
             KeyboardInterrupt. It is answered within one layer.
     """
-    for_engine, for_text = divide("profile", options, EngineArguments, TextArguments)
+    for_engine, for_text, for_until = divide("profile", options, EngineArguments, TextArguments, UntilArguments)
     engine = EngineOptions.of(for_engine, ctx_size=PROFILE_CTX_SIZE)
     info = inspect(model)
     require_moe(info)
     engine = engine.within(for_engine, info.context_length)
     source = Calibration(calibration, ctx_size=engine.ctx_size or info.context_length, **for_text)
+    until = Until.of(info.record(), **for_until)
     layers, prediction = _layers(info, prediction_layers)
     keeper = None
     if checkpoint is not None:
@@ -101,11 +105,11 @@ def profile(
     said = session.warnings()
     for warning in said:
         warnings.warn(warning, ReapWarning, stacklevel=2)
-    result = measure(session, SessionTokenizer(session), source, keeper, progress)
+    result = measure(session, SessionTokenizer(session), source, keeper, progress, until)
     ran_by = {"reap": version(), "llama_cpp": native.load().__llama_cpp_commit__, "options": engine.record()}
     if said:
         ran_by["warnings"] = said
-    return make_profile(result, source, layers=layers, model=info.record(), engine=ran_by)
+    return make_profile(result, source, layers=layers, model=info.record(), engine=ran_by, until=until)
 
 
 def _layers(info: ModelInfo, prediction_layers: bool) -> tuple[list[int], int | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import re
 import time
 import warnings
@@ -21,6 +23,7 @@ from reap.files.paths import PathLike
 from reap.files.strict_json import Node, json_bytes, read_json
 from reap.scores.profile import Profile
 from reap.scores.records import SUMS
+from reap.scores.replicates import PARTS
 from reap.text.windows import Calibration
 from reap.version import version
 
@@ -31,7 +34,12 @@ _OLDER_FORMAT = "reap.checkpoint"
 _SAVING_SHARE = 0.05
 SECONDS = 30.0
 
+# a large model's sums in many domains, in 16 parts each
+_MAX_BYTES = 4 << 30
+
 Arrays = Mapping[str, NDArray[Any]]
+#: (domain, None for lines without one; part of the calibration)
+Key = tuple[str | None, int]
 
 
 @dataclass
@@ -42,8 +50,8 @@ class State:
     """Samples (or windows of a text file) that are done, those that failed included; skipped ones are not units."""
     consumed: str = ""
     """`Window.consumed` of the last of these units, in hexadecimal digits; "" where there is none."""
-    domains: list[str | None] = field(default_factory=list)
-    """Group -> name; None for lines without a domain."""
+    keys: list[Key] = field(default_factory=list)
+    """Group -> (domain, None for lines without one; part of the calibration)."""
     groups: list[Arrays] = field(default_factory=list)
     """The sums of each group, as `Session.sums` gives them."""
     failed: dict[int, str] = field(default_factory=dict)
@@ -110,7 +118,7 @@ class ResumeFile:
         self.state = self._load() if self.path.exists() else State()
 
     def _load(self) -> State:
-        node = read_json(self.path, what="resume file")
+        node = read_json(self.path, what="resume file", max_bytes=_MAX_BYTES)
         found = node["format"].string()
         if found == _OLDER_FORMAT:
             raise FormatError(
@@ -151,9 +159,11 @@ class ResumeFile:
             "units": state.units,
             "consumed": state.consumed,
             "now": state.now,
-            "domains": state.domains,
             "failed": {str(unit): reason for unit, reason in state.failed.items()},
-            "groups": [{name: values.tolist() for name, values in group.items()} for group in state.groups],
+            "groups": [
+                {"domain": domain, "part": part, **{name: _pack(values) for name, values in group.items()}}
+                for (domain, part), group in zip(state.keys, state.groups, strict=True)
+            ],
         }
         write_whole(self.path, json_bytes(document), force=True)
         self._saved_at = time.monotonic()
@@ -181,13 +191,17 @@ def _read_state(node: Node, shape: tuple[int, int]) -> State:
     consumed = node["consumed"]
     if not re.fullmatch("[0-9a-f]{64}" if units else "", consumed.string()):
         consumed.fail("should be the SHA-256 of what was consumed, in hexadecimal digits")
-    domains = [None if value is None else Node(value, "domain").string() for value in node["domains"].entries()]
-    if len(set(domains)) != len(domains):
-        node["domains"].fail("names a domain twice")
-    groups = [_read_group(node["groups"].entry(index), shape) for index in range(len(node["groups"].entries()))]
-    if len(groups) != len(domains):
-        node["groups"].fail(f"has {len(groups)} entries for {len(domains)} domains")
-    return State(units, consumed.string(), domains, groups, _read_failed(node["failed"], units), _read_now(node))
+    entries = [node["groups"].entry(index) for index in range(len(node["groups"].entries()))]
+    keys = [_read_key(entry) for entry in entries]
+    if len(set(keys)) != len(keys):
+        node["groups"].fail("has a part of a domain twice")
+    groups = [_read_group(entry, shape) for entry in entries]
+    return State(units, consumed.string(), keys, groups, _read_failed(node["failed"], units), _read_now(node))
+
+
+def _read_key(node: Node) -> Key:
+    domain = node["domain"]
+    return None if domain.value is None else domain.string(), node["part"].integer(0, PARTS - 1)
 
 
 def _read_now(node: Node) -> str:
@@ -209,17 +223,29 @@ def _read_failed(node: Node, units: int) -> dict[int, str]:
     return failed
 
 
+def _pack(values: NDArray[Any]) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def _unpack(node: Node, shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
+    """The numbers in a string as `_pack` writes it: base64 of 8 bytes each, little-endian."""
+    try:
+        raw = base64.b64decode(node.string(), validate=True)
+    except ValueError:
+        node.fail("should be base64")
+    if len(raw) != 8 * math.prod(shape):
+        node.fail(f"holds {len(raw)} bytes where {8 * math.prod(shape)} were expected")
+    values = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape).astype(dtype)
+    if not np.isfinite(values).all():
+        node.fail("has a number that is not finite")
+    return values
+
+
 def _read_group(node: Node, shape: tuple[int, int]) -> Arrays:
     n_layers, n_experts = shape
-    arrays: dict[str, Any] = {"total_tokens": node["total_tokens"].integers(n_layers)}
+    arrays: dict[str, Any] = {"total_tokens": _unpack(node["total_tokens"], (n_layers,), np.int64)}
     for name in ("counts", *SUMS):
-        rows = node[name]
-        if len(rows.entries()) != n_layers:
-            rows.fail(f"has {len(rows.entries())} entries where {n_layers} were expected")
-        entries = [rows.entry(row) for row in range(n_layers)]
-        arrays[name] = np.stack(
-            [entry.integers(n_experts) if name == "counts" else entry.numbers(n_experts) for entry in entries]
-        )
+        arrays[name] = _unpack(node[name], shape, np.int64 if name == "counts" else np.float64)
     try:  # what a profile could not hold must not be found at the end of the run
         Profile.from_sums(layers=range(n_layers), **arrays, model={"n_experts": n_experts})
     except FormatError as error:

@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 
 from reap.errors import CalibrationError, EngineError, Interrupted, MismatchError, OutputError, ReapError
 from reap.profiling.interrupts import endings_as_interrupts, uninterrupted
-from reap.profiling.resume import Arrays, ResumeFile, State
+from reap.profiling.resume import Arrays, Key, ResumeFile, State
+from reap.profiling.until import Until
 from reap.progress import Progress, ProgressCallback
+from reap.scores.records import add_up
+from reap.scores.replicates import part_of
 from reap.text.windows import Calibration, Tokenizer, Window
 
 NOT_COUNTED = -1
@@ -74,10 +77,16 @@ class Session(Protocol):
 class RunResult:
     """What a run that has ended counted."""
 
-    groups: Mapping[str | None, Arrays]
-    """The sums of each domain that has a counted token; None: of lines without a domain."""
+    parts: Mapping[str | None, Mapping[int, Arrays]]
+    """Domain -> part of the calibration (`reap.scores.replicates`) -> sums, where there is a counted token; None: of
+    lines without a domain."""
     failed: Sequence[str]
     """"where: why" of the units that the engine failed on, in the calibration's order."""
+
+    @property
+    def groups(self) -> dict[str | None, Arrays]:
+        """The sums of each domain that has a counted token."""
+        return {domain: add_up(parts[part] for part in sorted(parts)) for domain, parts in self.parts.items()}
 
 
 def measure(
@@ -86,12 +95,13 @@ def measure(
     source: Calibration,
     keeper: ResumeFile | None = None,
     progress: ProgressCallback | None = None,
+    until: Until | None = None,
 ) -> RunResult:
     """Run the whole calibration through a session, from where the keeper's state left off.
 
     What belongs together (a unit: a sample, or one window of a text file) is counted whole or not. A unit that the
     engine fails on is left out and named. With a keeper, whatever ends the run leaves what was measured in its file,
-    and SIGTERM and SIGHUP are answered like Ctrl-C.
+    and SIGTERM and SIGHUP are answered like Ctrl-C. With `until` the run ends where that has seen enough.
 
     Raises:
         Interrupted: Ctrl-C with a keeper. Without one it is KeyboardInterrupt.
@@ -99,7 +109,7 @@ def measure(
         MismatchError: the calibration does not begin with what the resume file's run consumed.
         EngineError: too many units failed.
     """
-    run = _Run(session, tokenizer, source, keeper, progress)
+    run = _Run(session, tokenizer, source, keeper, progress, until)
     with endings_as_interrupts() if keeper else nullcontext():
         try:
             run.go()
@@ -117,7 +127,7 @@ def measure(
         if keeper:
             with uninterrupted():
                 keeper.save_or_warn(run.state())
-    return RunResult(dict(run.counted()), [run.failed[unit] for unit in sorted(run.failed)])
+    return run.result()
 
 
 @dataclass(frozen=True)
@@ -144,14 +154,17 @@ class _Run:
         source: Calibration,
         keeper: ResumeFile | None,
         progress: ProgressCallback | None,
+        until: Until | None,
     ) -> None:
         state = keeper.state if keeper else State()
         if state.now:
             source.now = datetime.fromisoformat(state.now)  # one moment for the whole run, interruptions included
         self.failed: dict[int, str] = dict(state.failed)
         self._session, self._tokenizer, self._source, self._keeper = session, tokenizer, source, keeper
-        self._before = state
-        self._domains: list[str | None] = list(state.domains)  # group -> name
+        self._before, self._until = state, until
+        if until is not None:
+            until.pass_over(state.units)
+        self._group_of = {key: group for group, key in enumerate(state.keys)}  # (domain, part) -> the session's group
         self._waiting: list[_Unit] = []  # short units that will share a batch
         self._n_waiting = 0, 0  # their tokens and windows
         # units done -> digest of what they consumed; of the next unit it is not yet the last one
@@ -173,6 +186,8 @@ class _Run:
         if self._reading_error is not None:  # units that wait for others to share a batch with still do
             raise self._reading_error
         self._flush()
+        if self._until is not None and not self._until.has_enough:
+            self._until.is_reached(self._session.units, self.result().parts)
 
     # ---- what is kept
 
@@ -189,18 +204,26 @@ class _Run:
         return State(
             units,
             self._consumed[units],
-            [domain for domain, _ in found],
+            [key for key, _ in found],
             [sums for _, sums in found],
             failed,
             self._source.now.isoformat(),
         )
 
-    def counted(self) -> Iterator[tuple[str | None, Arrays]]:
-        """The sums of each domain that has a counted token."""
-        for group in range(min(len(self._domains), self._session.n_groups)):
-            sums = self._session.sums(group)
-            if sums["total_tokens"].any():
-                yield self._domains[group], sums
+    def counted(self) -> Iterator[tuple[Key, Arrays]]:
+        """The sums of each part of each domain that has a counted token."""
+        for key, group in self._group_of.items():
+            if group < self._session.n_groups:
+                sums = self._session.sums(group)
+                if sums["total_tokens"].any():
+                    yield key, sums
+
+    def result(self) -> RunResult:
+        """What is committed, as what a run that has ended counted."""
+        parts: dict[str | None, dict[int, Arrays]] = {}
+        for (domain, part), sums in self.counted():
+            parts.setdefault(domain, {})[part] = sums
+        return RunResult(parts, [self.failed[unit] for unit in sorted(self.failed)])
 
     def keep(self) -> str:
         """Save what is committed, where that is news, and say how to go on from it: "after 3 samples, which ..."."""
@@ -341,12 +364,12 @@ class _Run:
         self._meter.add(len(batch[0]))
 
     def _groups_of(self, window: Window) -> Int32s:
-        """int32 [n_tokens]: what each token is counted in. A domain becomes a group with its first counted token."""
+        """int32 [n_tokens]: what each token is counted in. A part of a domain becomes a group with its first counted
+        token."""
         if not window.counted.any():
             return np.full(len(window.counted), NOT_COUNTED, np.int32)
-        if window.domain not in self._domains:
-            self._domains.append(window.domain)
-        return np.where(window.counted, self._domains.index(window.domain), NOT_COUNTED).astype(np.int32)
+        group = self._group_of.setdefault((window.domain, part_of(window.unit)), len(self._group_of))
+        return np.where(window.counted, group, NOT_COUNTED).astype(np.int32)
 
     def _fail(self, number: int, where: str, error: EngineError) -> None:
         self._session.discard()
@@ -363,6 +386,9 @@ class _Run:
         self._session.commit(n_units)
         for known in [known for known in self._consumed if known < self._session.units]:
             del self._consumed[known]
+        units = self._session.units
+        if self._until is not None and self._until.is_due(units) and self._until.is_reached(units, self.result().parts):
+            self._source.stop()
         if self._keeper and self._keeper.is_due():
             self._keeper.save_or_warn(self.state())
 

@@ -20,6 +20,7 @@ from reap.reporting.sweep_points import SweepPoint
 from reap.scores.profile import Profile
 from reap.scores.ranking import order_experts
 from reap.scores.records import Floats
+from reap.scores.stability import Stability
 from reap.scores.statistics import (
     Mask,
     best_share,
@@ -263,6 +264,16 @@ def mass(profile: Profile, mask: Mask) -> Any:
     return figure(
         *traces, xaxis=layer_axis(profile), yaxis=dict(title="share kept", tickformat=".0%"), hovermode="x unified"
     )
+
+
+def stability(profile: Profile, found: Mapping[str, Stability]) -> Any:
+    """The overlap that another profile of as much text would have, by layer; of all text and of each domain."""
+    traces = [
+        line(list(part.layers), list(part.layers.values()), safe(name), index, opacity=0.7 if index else 1)
+        for index, (name, part) in enumerate(found.items())
+    ]
+    axis = dict(title="kept by another profile as well", tickformat=".0%", rangemode="normal")
+    return figure(*traces, xaxis=layer_axis(profile), yaxis=axis, hovermode="x unified")
 
 
 # ---- agreement

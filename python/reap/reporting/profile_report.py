@@ -28,6 +28,7 @@ from reap.reporting.experts_sections import distribution, experts, inequality, k
 from reap.reporting.page import Page, Section, packed, write_page
 from reap.reporting.report_sources import Sources
 from reap.reporting.size_sections import memory, quality, sizes
+from reap.reporting.stability_section import stability
 from reap.scores.identity import compare_records, require_same
 from reap.scores.plan import PrunePlan, super_experts
 from reap.scores.profile import Profile
@@ -160,6 +161,8 @@ def facts(sources: Sources) -> Iterator[tuple[str, str]]:
             mean_of(random_share(total, sources.plan.keep, profile.n_groups)[0]),
         )
         yield percent(kept), f"of Σ g·‖f‖ kept; at random it would be {percent(blind)}"
+    if sources.stability is not None:
+        yield percent(sources.stability.overlap), "of the kept experts another profile of as much text would keep too"
     if sources.size is not None:
         yield bytes_text(sources.size.n_bytes_after), f"after, {bytes_text(sources.size.n_bytes_before)} before"
     never = int(profile.never_routed.sum())
@@ -182,6 +185,8 @@ def sections(sources: Sources) -> Iterator[Section]:
     yield load(sources)
     if sources.removes:
         yield kept_mass(sources)
+        if (sure := stability(sources)) is not None:
+            yield sure
     if sources.sweep is not None:
         yield from quality(sources, sources.sweep)
     if sources.benchmarks:

@@ -14,6 +14,7 @@ from reap.gguf.model_info import ModelInfo
 from reap.pruning.sizing import ModelSize
 from reap.scores.plan import PrunePlan
 from reap.scores.profile import Profile
+from reap.scores.stability import Stability, TooFewPartsError
 from reap.scores.statistics import (
     Mask,
     kept_mask,
@@ -65,6 +66,16 @@ class Sources:
             if self.plan.metric in known_metrics(self.profile) and self.plan.metric != "random"
             else "reap"
         )
+
+    @cached_property
+    def stability(self) -> Stability | None:
+        """How sure a choice of as many experts by the page's score is; None where the profile cannot say."""
+        if self.profile.replicates is None or not self.removes:
+            return None
+        try:
+            return self.profile.stability(self.plan.keep, self.metric)
+        except TooFewPartsError:
+            return None
 
     @property
     def layers(self) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from reap.files.paths import PathLike
 from reap.scores.identity import compare_records, require_same, warn_of
 from reap.scores.profile import Profile
 from reap.scores.records import COUNTED, SUMS, TALLIES, as_arrays, span
+from reap.scores.replicates import added, fit
 from reap.text.overlap import merge_sketches
 
 
@@ -47,7 +49,7 @@ def merge(profiles: Iterable[Profile | PathLike], *, allow_mismatch: bool = Fals
         name: Profile(**_add([profile.parts[name] for profile in loaded if name in profile.parts]), **records)
         for name in names
     }
-    return Profile(**_add(loaded), **records, parts=parts)
+    return _with_replicates(Profile(**_add(loaded), **records, parts=parts), loaded)
 
 
 def require_same_model(a: Profile, b: Profile, *, any_form: bool = False, allow_mismatch: bool = False) -> str | None:
@@ -96,6 +98,17 @@ def _add(profiles: list[Profile]) -> dict[str, Any]:
         arrays[name] = np.array([math.fsum(column) for column in columns]).reshape(profiles[0].counts.shape)
     arrays["norm_max"] = np.maximum.reduce([profile.norm_max for profile in profiles])
     return as_arrays(profiles[0].layers, arrays)
+
+
+def _with_replicates(merged: Profile, profiles: list[Profile]) -> Profile:
+    """With the parts of all added up, of each domain and of the whole, where each of the profiles has them."""
+    parts = {
+        name: _with_replicates(part, [profile.parts[name] for profile in profiles if name in profile.parts])
+        for name, part in merged.parts.items()
+    }
+    known = [(profile, profile.replicates) for profile in profiles if profile.replicates is not None]
+    whole = added(known) if len(known) == len(profiles) else None
+    return fit(replace(merged, parts=parts, replicates=whole))
 
 
 def _merge_models(models: list[dict[str, Any]], mismatches: list[str]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from reap.errors import FormatError, ReapWarning, UsageError
 from reap.files.paths import PathLike
 from reap.scores import profile_file
 from reap.scores.profile_file import UNKNOWN_TO_REFERENCE
+from reap.scores.ranking import Keep, resolve_keep
 from reap.scores.records import (
     ARRAYS,
     LATER_SUMS,
@@ -28,6 +31,8 @@ from reap.scores.records import (
     mean,
     span,
 )
+from reap.scores.replicates import Replicates
+from reap.scores.stability import Stability, TooFewPartsError, expected_overlaps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,6 +78,8 @@ class Profile:
     (gated_norm_sq_sum, norm_sq_sum, norm_max) is NaN."""
     parts: Mapping[str, Profile] = field(default_factory=dict, repr=False)
     """Domain -> the same of its tokens, sorted by name."""
+    replicates: Replicates | None = field(default=None, repr=False)
+    """What parts of the calibration say for themselves, which `stability` needs; None where it is not known."""
 
     @classmethod
     def from_sums(
@@ -174,6 +181,39 @@ class Profile:
             return np.stack([_random_scores(seed, int(layer), self.n_experts) for layer in self.layers])
         return _FORMULAS[metric](self)
 
+    def stability(self, keep: Keep = 0.5, metric: str = "reap") -> Stability:
+        """How much of a choice of experts more text could still change.
+
+        `overlap` is the share of the kept experts that another profile of as much text, of the same kind, would keep
+        as well: in all, by layer, and by domain, each by its own tokens alone. It is estimated from the parts that a
+        profile keeps (docs/formulas.md) and says nothing of text of another kind.
+
+        Raises UsageError for a metric that does not depend on the text (random), where the profile keeps no parts (of
+        an earlier release, or merged with one), and where it has fewer than 4 samples.
+        """
+        if metric == "random":
+            raise UsageError("metric 'random' does not depend on the text, so more of it changes nothing")
+        if self.replicates is None:
+            raise UsageError(
+                "the profile keeps no parts of its calibration that could be compared (one of an earlier release of"
+                " reap, or merged with one); profile again"
+            )
+        number = resolve_keep(keep, self.n_experts, self.n_groups, self.model)
+        parts, layers = self.replicates.sums(self), self.layers.tolist()
+        found = expected_overlaps(parts, partial(self._score_of, metric), number, self.n_groups)
+        domains = {}
+        for name, part in self.parts.items():
+            if part.replicates is not None:
+                with suppress(TooFewPartsError):
+                    domains[name] = part.stability(number, metric)
+        return Stability(metric, number, float(found.mean()), dict(zip(layers, found.tolist(), strict=True)), domains)
+
+    def _score_of(self, metric: str, sums: Mapping[str, Floats]) -> Floats:
+        """The score that a part of this profile with these sums has; what is not known of it is NaN."""
+        unknown = np.full(self.counts.shape, np.nan)
+        values: dict[str, Any] = {name: sums.get(name, unknown) for name in ("counts", *SUMS)}
+        return replace(self, **values, total_tokens=sums["counts"].sum(axis=1), parts={}, replicates=None).score(metric)
+
     def _lacks(self, sum_name: str | None) -> bool:
         return sum_name is not None and bool(np.isnan(getattr(self, sum_name)).all())
 
@@ -200,8 +240,11 @@ class Profile:
         """
         stored = profile_file.read(path)
         records: dict[str, Any] = {**stored.records, "trusted": stored.trusted}
-        parts = {name: cls(**arrays, **records) for name, arrays in stored.parts.items()}
-        profile = cls(**stored.arrays, **records, parts=parts)
+        parts = {
+            name: cls(**arrays, **records, replicates=stored.replicates.get(name))
+            for name, arrays in stored.parts.items()
+        }
+        profile = cls(**stored.arrays, **records, parts=parts, replicates=stored.replicates.get(None))
         _check(profile, stored.where)
         if not profile.trusted:
             warnings.warn(

@@ -29,6 +29,7 @@ from reap.scores.records import (
     layer_nodes,
     mean,
 )
+from reap.scores.replicates import Replicates, read_replicates
 
 FORMAT = "reap.profile"
 VERSION = 1
@@ -50,6 +51,8 @@ class Measured(Protocol):
     def counts(self) -> Counts: ...
     @property
     def trusted(self) -> bool: ...
+    @property
+    def replicates(self) -> Replicates | None: ...
 
 
 class Stored(NamedTuple):
@@ -65,6 +68,8 @@ class Stored(NamedTuple):
     """"model", "calibration", "engine"."""
     trusted: bool
     """False for a file of the reference profiler."""
+    replicates: dict[str | None, Replicates]
+    """Domain, None for the whole -> the parts of its calibration, where the file has them."""
 
 
 # ---- writing
@@ -78,8 +83,8 @@ def document(
     if not whole.trusted:
         made["trusted"] = False
     made |= records
-    made["layers"] = _layers_document(whole)
-    made["domains"] = {name: {"layers": _layers_document(part)} for name, part in parts.items()}
+    made |= _measured_document(whole)
+    made["domains"] = {name: _measured_document(part) for name, part in parts.items()}
     return made
 
 
@@ -92,6 +97,11 @@ def write(path: PathLike, made: dict[str, Any], *, force: bool) -> Path:
         message = f"{written}: has {problem}; it is read again with {LARGE_VARIABLE}=1 in the environment only"
         warnings.warn(message, ReapWarning, stacklevel=3)
     return written
+
+
+def _measured_document(part: Measured) -> dict[str, Any]:
+    kept = {} if part.replicates is None else {"replicates": part.replicates.to_record()}
+    return {"layers": _layers_document(part), **kept}
 
 
 def _layers_document(part: Measured) -> dict[str, Any]:
@@ -133,12 +143,16 @@ def _read_own(root: Node) -> Stored:
     check_model(model)
     check_calibration(root["calibration"])
     records = {name: root[name].members() for name in _RECORDS}
-    domains = root["domains"].items() if "domains" in root else ()
-    parts = {
-        name: _load_layers(node["layers"], n_experts, trusted)
-        for name, node in sorted(domains, key=lambda item: item[0])
+    domains = dict(sorted(root["domains"].items()) if "domains" in root else ())
+    parts = {name: _load_layers(node["layers"], n_experts, trusted) for name, node in domains.items()}
+    whole = _load_layers(root["layers"], n_experts, trusted)
+    measured: list[tuple[str | None, Node]] = [(None, root), *domains.items()]
+    replicates = {
+        name: read_replicates(node["replicates"], len(whole["layers"]), n_experts)
+        for name, node in measured
+        if "replicates" in node
     }
-    return Stored(root.where, _load_layers(root["layers"], n_experts, trusted), parts, records, trusted)
+    return Stored(root.where, whole, parts, records, trusted, replicates)
 
 
 def _load_layers(layers: Node, n_experts: int, trusted: bool) -> dict[str, Any]:
@@ -200,7 +214,7 @@ def _read_reference(root: Node) -> Stored:
         "calibration": {},
         "engine": {"tool": "llama-expert-profile"},
     }
-    return Stored(root.where, _stack(list(nodes), rows), {}, records, trusted=False)
+    return Stored(root.where, _stack(list(nodes), rows), {}, records, trusted=False, replicates={})
 
 
 def _load_reference_layer(node: Node, n_experts: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ files."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -71,6 +71,19 @@ def mean(total: Floats, counts: NDArray[Any]) -> Floats:
     quotient: Floats = np.full(counts.shape, np.nan)
     np.divide(total, counts, out=quotient, where=counts > 0)
     return quotient
+
+
+def add_up(groups: Iterable[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
+    """The sums over all groups; of the largest norm the largest."""
+    together: dict[str, Any] = {}
+    for sums in groups:
+        for name, values in sums.items():
+            if name not in together:
+                together[name] = values
+            else:
+                combine = np.maximum if name == "norm_max" else np.add
+                together[name] = combine(together[name], values)
+    return together
 
 
 # ---- checks that hold for every profile, wherever it came from

@@ -121,6 +121,7 @@ class Calibration:
 
     def _reset(self) -> None:
         self.samples = 0
+        self._has_ended = False
         self.tokens = 0
         self.counted_tokens = 0
         self.n_windows = 0
@@ -150,6 +151,10 @@ class Calibration:
         """
         if not self._reader.skip_bad_lines:
             self._reader.check(self.max_tokens, _check_content)
+
+    def stop(self) -> None:
+        """Let `windows` end after the unit that it is at, as if the source had ended there."""
+        self._has_ended = True
 
     @property
     def records(self) -> list[FileRecord]:
@@ -190,7 +195,7 @@ class Calibration:
         with closing(iter(self._reader)) as samples:
             for _, parts in groupby(_number(samples), key=lambda item: item[0]):
                 yield from self._limited(self._sample_windows(encoder, (sample for _, sample in parts)))
-                if self._is_full():
+                if self._is_full() or self._has_ended:
                     self._reader.finish()
                     break
         if not self.samples:
@@ -269,7 +274,8 @@ class Calibration:
             self.n_windows += 1
             self._sketch.add(cut.tokens)
             yield replace(cut, consumed=self._consume(cut))
-            if self._is_full():
+            # each window of a text file is a unit; a sample is one with all its windows
+            if self._is_full() or (self._has_ended and window.source is not None and window.source.is_file):
                 return
 
     def _consume(self, window: Window) -> bytes:

@@ -30,6 +30,7 @@ from reap.hf.memory.tokenizer import HFTokenizer
 from reap.profiling.record import make_profile
 from reap.profiling.resume import SECONDS, ResumeFile, identify
 from reap.profiling.run import SHARED_SEQUENCES, measure
+from reap.profiling.until import Until, UntilArguments, check_until
 from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
 from reap.text.sources import Source
@@ -44,11 +45,12 @@ if TYPE_CHECKING:
     from reap.hf.memory.streaming import LayerStore
 
 
-class Arguments(LoadArguments, TextArguments, total=False):
-    """How a checkpoint is loaded (`LoadOptions`) and the text is read (`Calibration`)."""
+class Arguments(LoadArguments, TextArguments, UntilArguments, total=False):
+    """How a checkpoint is loaded (`LoadOptions`), the text is read (`Calibration`), and when it is enough
+    (`Until.of`)."""
 
 
-@shows((TextArguments, Calibration), (LoadArguments, LoadOptions))
+@shows((TextArguments, Calibration), (LoadArguments, LoadOptions), (UntilArguments, Until.of))
 def profile(
     model: Any,
     calibration: Source,
@@ -77,7 +79,8 @@ def profile(
             neither an expert nor the sums.
         threads: of the processor.
         progress: told after each batch how far the run is.
-        options: those of the text (`Calibration`) and of loading (`LoadOptions`).
+        options: those of the text (`Calibration`) and of loading (`LoadOptions`); until, keep and metric as
+            `reap.profile` takes them.
 
     Raises:
         MissingExtraError: torch, transformers or safetensors is not installed, or what an option needs.
@@ -87,7 +90,8 @@ def profile(
         CalibrationError, Interrupted: as `reap.profile`. EngineError: transformers failed.
     """
     require_extra("reap.hf.profile")
-    for_loading, for_text = divide("profile", options, LoadArguments, TextArguments)
+    for_loading, for_text, for_until = divide("profile", options, LoadArguments, TextArguments, UntilArguments)
+    check_until(**for_until)
     load = LoadOptions(**for_loading)
     source = Calibration(calibration, ctx_size=ctx_size, **for_text)
     batch_size = ctx_size if batch_size is None else batch_size
@@ -105,12 +109,14 @@ def profile(
         sizes = {"ctx_size": ctx_size, "batch_size": batch_size}
         identity = identify(subject.identity(), {**load.record(), **sizes}, source)
         keeper = ResumeFile(checkpoint, identity, shape=shape, resume=resume, seconds=checkpoint_seconds)
+    first = subject.layers[0]
+    until = Until.of({"n_experts": first.n_experts, "n_groups": first.n_group}, **for_until)
     session = _open_session(subject, batch_size)
     with _threads(threads), _evaluating(subject.model):
-        result = measure(session, subject.tokenizer, source, keeper, progress)
+        result = measure(session, subject.tokenizer, source, keeper, progress, until)
     layers = [layer.index for layer in subject.layers]
     record, engine = subject.record(session.n_experts_used), subject.engine(load)
-    return make_profile(result, source, layers=layers, model=record, engine=engine)
+    return make_profile(result, source, layers=layers, model=record, engine=engine, until=until)
 
 
 class _Subject:
