@@ -195,6 +195,69 @@ def to_mxfp4(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(document, indent=2))
 
 
+def to_fp8(directory: Path, block: int = 16) -> dict[str, torch.Tensor]:
+    """Rewrite a checkpoint in FP8 with a scale for each block of `block` by `block` numbers, as DeepSeek-V3 is
+    published; what the numbers stand for."""
+
+    def quantise(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        n_rows, n_columns = tensor.shape
+        blocks = tensor.float().reshape(n_rows // block, block, n_columns // block, block)
+        scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+        packed = (blocks / scales).to(torch.float8_e4m3fn)
+        stored = {name: packed.reshape(tensor.shape), f"{name}_scale_inv": scales[:, 0, :, 0].contiguous()}
+        return stored, (packed.float() * scales).reshape(tensor.shape)
+
+    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [block, block]}
+    return _quantise(directory, quantise, said)
+
+
+def to_int4(directory: Path, group: int = 16) -> dict[str, torch.Tensor]:
+    """Rewrite a checkpoint in four bits with a scale for each group, as compressed-tensors packs them; what the numbers
+    stand for."""
+
+    def quantise(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        n_rows, n_columns = tensor.shape
+        groups = tensor.float().reshape(n_rows, n_columns // group, group)
+        scales = groups.abs().amax(2, keepdim=True) / 7
+        numbers = (groups / scales).round().clamp(-8, 7)
+        nibbles = (numbers + 8).to(torch.int64).reshape(n_rows, n_columns // 8, 8)
+        words = (nibbles << (4 * torch.arange(8))).sum(2)
+        words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        shape = torch.tensor([n_rows, n_columns])
+        stored = {f"{name}_packed": words, f"{name}_scale": scales[..., 0].contiguous(), f"{name}_shape": shape}
+        return stored, (numbers * scales).reshape(tensor.shape)
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    said = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    return _quantise(directory, quantise, said)
+
+
+def _quantise(
+    directory: Path,
+    quantise: Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]],
+    said: Mapping[str, Any],
+) -> dict[str, torch.Tensor]:
+    path = directory / "model.safetensors"
+    stored, meant = {}, {}
+    for name, tensor in load_file(path).items():
+        if tensor.dim() == 2 and "_proj." in name:
+            packed, meant[name] = quantise(name, tensor)
+            stored |= packed
+        else:
+            stored[name] = meant[name] = tensor
+    save_file(stored, path, metadata={"format": "pt"})
+    document = json.loads((directory / "config.json").read_text())
+    document |= {"quantization_config": dict(said), "dtype": "float32"}
+    (directory / "config.json").write_text(json.dumps(document, indent=2))
+    return meant
+
+
 def add_tensors(directory: Path, tensors: Mapping[str, torch.Tensor], **config: Any) -> None:
     """Add tensors to a checkpoint of one file, and keys to its config.json."""
     path = directory / "model.safetensors"

@@ -80,13 +80,20 @@ def shards(folder: Path) -> list[Path]:
 
 
 def load_config(folder: Path, options: LoadOptions) -> Any:
-    """The configuration, as transformers reads it."""
+    """The configuration, as transformers reads it; weights that are published quantised are decoded as they are read.
+
+    Raises UnsupportedModelError for a form that cannot be.
+    """
     import transformers
 
+    from reap.hf.memory.quantised import decode_when_read
+
     with translated(folder):
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=options.trust_remote_code, local_files_only=True
         )
+    decode_when_read(folder, config)
+    return config
 
 
 def load_model(folder: Path, options: LoadOptions) -> Any:

@@ -44,11 +44,20 @@ class LayerStore:
         config = load_config(folder, options)
         self.dtype = _dtype_of(config, options)
         with translated(folder):
+            self._quantizer, config = _quantizer(config)
             with init_empty_weights(include_buffers=False):
                 self.model = (
                     auto_class(config)
                     .from_config(config, dtype=self.dtype, trust_remote_code=options.trust_remote_code)
                     .eval()
+                )
+            if self._quantizer is not None:
+                self._quantizer.preprocess_model(
+                    model=self.model,
+                    dtype=self.dtype,
+                    device_map=None,
+                    checkpoint_files=shards(folder),
+                    use_kernels=False,
                 )
             self._move_buffers()
             self.moe_layers = list(find_moe_layers(self.model).values())
@@ -69,7 +78,10 @@ class LayerStore:
                 opened = files.enter_context(safe_open(path, framework="pt"))
                 state.update({name: opened.get_slice(name) for name in names})
             config = LoadStateDictConfig(
-                weight_mapping=self._mapping(), dtype=self.dtype, device_map={"": self._device}
+                weight_mapping=self._mapping(),
+                dtype=self.dtype,
+                device_map={"": self._device},
+                hf_quantizer=self._quantizer,
             )
             convert_and_load_state_dict_in_model(self.model, state, config)
             root = self.model if layer is None else self.layers[layer]
@@ -97,7 +109,9 @@ class LayerStore:
     def _mapping(self) -> list[Any]:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        return list(get_model_conversion_mapping(self.model))  # new ones each time: they collect tensors
+        return list(
+            get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
+        )  # new ones each time: they collect tensors
 
     def _sort_keys(self) -> dict[int | None, dict[Path, list[str]]]:
         """layer -> file -> names in it; the output head, which nothing here calls, is left out."""
@@ -285,6 +299,14 @@ def _common_list(layers: Sequence[MoELayer]) -> str:
             f"{layers[0].name}: the layers are in no list of their own, so they cannot be loaded one by one"
         )
     return names.pop()
+
+
+def _quantizer(config: Any) -> tuple[Any, Any]:
+    """(what decodes the weights of a checkpoint that is published quantised, the configuration); None for others."""
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
+    return quantizer, config
 
 
 def _dtype_of(config: Any, options: LoadOptions) -> torch.dtype:
