@@ -240,6 +240,7 @@ static void test_router_mask() {
 void test_process();
 void test_options();
 void test_model(const std::string & path, size_t n_experts, const std::vector<int> & layers);
+void test_together(const std::string & path, size_t n_experts, const std::vector<int> & layers);
 void test_threads(const std::string & path, size_t n_experts, const std::vector<int> & layers);
 
 int main(int argc, char ** argv) {
@@ -257,6 +258,7 @@ int main(int argc, char ** argv) {
             layers.push_back(std::atoi(argv[i]));
         }
         test_model(argv[1], static_cast<size_t>(std::atoi(argv[2])), layers);
+        test_together(argv[1], static_cast<size_t>(std::atoi(argv[2])), layers);
         test_threads(argv[1], static_cast<size_t>(std::atoi(argv[2])), layers);
     }
     std::printf("%d checks, %d failed\n", checks.load(), failures.load());

@@ -1,12 +1,14 @@
 // A model that is opened: what it collects, refuses, and masks; and several at the same time.
 #include "check.h"
 #include "errors.h"
+#include "generation.h"
 #include "log_sink.h"
 #include "memory_guard.h"
 #include "scoring.h"
 #include "session.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <thread>
@@ -100,7 +102,7 @@ void test_model(const std::string & path, size_t n_experts, const std::vector<in
     CHECK(throws<UsageError>([&] { run(0, 33); }));  // the batch has 32
     CHECK(throws<UsageError>([&] { logits(session, {}, 0); }));
     CHECK(throws<UsageError>([&] { predict_ids(session, {}, 0, {}, 0); }));
-    CHECK(throws<UsageError>([&] { generate(session, {1, 2}, SIZE_MAX); }));
+    CHECK(throws<UsageError>([&] { generate(session, {{{1, 2}, SIZE_MAX, 0, {}}}, {}); }));
     CHECK(throws<UsageError>([&] { session.start_profile({}, n_experts); }));
     CHECK(throws<UsageError>([&] { session.start_profile({1, 1}, n_experts); }));
     CHECK(throws<UsageError>([&] { session.start_profile(layers, SIZE_MAX); }));
@@ -123,6 +125,63 @@ void test_model(const std::string & path, size_t n_experts, const std::vector<in
     session.set_poll(nullptr);
     session.set_kept(std::nullopt);
     CHECK(logits(session, tokens, 0) == whole);
+}
+
+// Several sequences in one batch are what each is by itself, with all experts and with some.
+void test_together(const std::string & path, size_t n_experts, const std::vector<int> & layers) {
+    SessionOptions options = small(path);
+    Session alone(options);
+    options.n_sequences = 6;
+    options.cache_size = 256;
+    Session session(options);
+    if (session.n_sequences() < 6) {  // a recurrent state is kept for one sequence
+        CHECK(throws<UsageError>([&] { score_continuations(session, {{{1, 2}, {{3}, {4}}}}); }));
+        CHECK(throws<UsageError>([&] { generate(session, {{{1}, 2, 0, {}}, {{2}, 2, 0, {}}}, {}); }));
+        return;
+    }
+    RouterMask::Kept kept;
+    for (const int layer : layers) {
+        for (size_t expert = 1; expert < n_experts; expert += 2) {
+            kept[layer].push_back(static_cast<int32_t>(expert));
+        }
+    }
+    std::vector<int32_t> context(20);
+    for (int i = 0; i < 20; ++i) {
+        context[static_cast<size_t>(i)] = (i * 11) % session.n_vocab();
+    }
+    const std::vector<Question> questions = {{context, {{1, 2, 3}, {4}, {1, 5}}}, {{7}, {{8, 9, 10, 11}}}};
+    const std::vector<Prompt> prompts = {{context, 12, 1, {}}, {{3, 1}, 7, 2, {}}, {{9}, 0, 3, {}}, {{5, 5}, 9, 4, {}}};
+    for (const bool is_pruned : {false, true}) {
+        for (Session * each : {&alone, &session}) {
+            each->set_kept(is_pruned ? std::optional(kept) : std::nullopt);
+        }
+        const auto scores = score_continuations(session, questions);
+        for (size_t q = 0; q < questions.size(); ++q) {
+            for (size_t c = 0; c < questions[q].continuations.size(); ++c) {
+                std::vector<int32_t> tokens = questions[q].context;
+                const size_t first = tokens.size() - 1;
+                tokens.insert(tokens.end(), questions[q].continuations[c].begin(), questions[q].continuations[c].end());
+                double expected = 0.0;
+                for (const double log_prob : log_probs(alone, tokens, first)) {
+                    expected += log_prob;
+                }
+                CHECK(std::abs(scores[q][c].log_prob - expected) < 1e-2 * std::abs(expected));
+            }
+        }
+        const auto together = generate(session, prompts, {0.8F, 20, 0.95F, 0.01F});
+        for (size_t p = 0; p < prompts.size(); ++p) {
+            CHECK(together[p].tokens.size() <= prompts[p].n_new);
+            CHECK(together[p].tokens.size() == prompts[p].n_new || together[p].ended == Ended::TEXT);
+        }
+        CHECK(generate(session, prompts, {0.8F, 20, 0.95F, 0.01F})[0].tokens == together[0].tokens);
+    }
+    bool asked = false;
+    session.set_poll([&] { return asked = true; });
+    CHECK(throws<Interrupted>([&] { generate(session, prompts, {}); }));
+    session.set_poll(nullptr);
+    CHECK(generate(session, prompts, {})[0].tokens == generate(session, {prompts[0]}, {})[0].tokens);
+    CHECK(throws<UsageError>([&] { generate(session, prompts, {-1.0F, 0, 1.0F, 0.0F}); }));
+    CHECK(throws<UsageError>([&] { score_continuations(session, {{context, {{session.n_vocab()}}}}); }));
 }
 
 static rlim_t address_limit() {
