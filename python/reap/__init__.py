@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from reap.gguf.model_info import ModelInfo as ModelInfo
     from reap.gguf.model_info import inspect as inspect
     from reap.hf.disk.convert import convert as convert
+    from reap.pipeline.shrink import shrink as shrink
+    from reap.pipeline.shrink_result import ShrinkResult as ShrinkResult
     from reap.profiling.gguf import profile as profile
     from reap.profiling.preview import preview as preview
     from reap.progress import Progress as Progress
@@ -87,6 +89,8 @@ _HOME = {
     "evaluation.tasks": ("TaskEvaluation", "evaluate_tasks"),
     "gguf.model_info": ("ModelInfo", "inspect"),
     "hf.disk.convert": ("convert",),
+    "pipeline.shrink": ("shrink",),
+    "pipeline.shrink_result": ("ShrinkResult",),
     "profiling.gguf": ("profile",),
     "profiling.preview": ("preview",),
     "progress": ("Progress",),

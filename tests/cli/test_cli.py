@@ -25,7 +25,7 @@ from reap.scores.profile import Profile
 
 COMMANDS = (
     "inspect", "profile", "merge", "compare", "plan", "prune", "evaluate", "report", "card", "convert", "quantize",
-    "devices",
+    "devices", "shrink",
     "rpc-server", "demo", "hf profile", "hf prune",
 )  # fmt: skip
 
@@ -513,8 +513,12 @@ def test_profile_plan_prune_evaluate(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_demo_unpacks_its_files(tmp_path: Path) -> None:
-    work = demonstration._Files(tmp_path / "new" / "folder")
-    demonstration._unpack(work)
+    work = demonstration.Files(tmp_path / "new" / "folder")
+    demonstration.unpack(work)
     assert reap.inspect(work.model).is_moe
     assert work.calibration.read_text().startswith("{")
-    assert all(work.heldout(domain).stat().st_size > 10_000 for domain in demonstration.DOMAINS)
+    assert all(path.stat().st_size > 10_000 for path in work.texts.values())
+    demonstration.unpack(work)  # what is there is left
+    work.calibration.write_text("mine")
+    with pytest.raises(UsageError, match=r"sample_calibration\.jsonl: is there and is not the demo's"):
+        demonstration.unpack(work)

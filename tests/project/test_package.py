@@ -41,6 +41,7 @@ PUBLIC = [
     "QuantizeReport",
     "ReapError",
     "ReapWarning",
+    "ShrinkResult",
     "Stability",
     "Sweep",
     "TaskEvaluation",
@@ -64,6 +65,7 @@ PUBLIC = [
     "quantize",
     "refine",
     "report",
+    "shrink",
     "super_experts",
     "sweep",
 ]
@@ -83,8 +85,9 @@ MAY_IMPORT = {
     "profiling": "engine scores",
     "evaluation": "profiling pruning",
     "reporting": "evaluation",
+    "pipeline": "reporting",
     "hf": "evaluation",
-    "cli": "hf reporting",
+    "cli": "hf pipeline",
 }
 # These run where the native module was never built.
 PURE = ("files", "text", "gguf", "scores", "pruning", "reporting", "hf.disk")

@@ -18,8 +18,9 @@ import reap
 from helpers.browser import Browser, browser
 from helpers.paths import ROOT
 from helpers.profiles import large_profile, make_profile, reference_document
-from reap.errors import MismatchError, OutputError, ReapWarning, UsageError
+from reap.errors import FormatError, MismatchError, OutputError, ReapWarning, UsageError
 from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict
+from reap.reporting.plots import rise_ticks
 from reap.reporting.sweep_points import points_of
 from reap.scores.profile import Profile
 
@@ -98,7 +99,7 @@ def test_the_page_of_the_example(tmp_path: Path) -> None:
         "sample_calibration.jsonl", reap.inspect(MODEL).fingerprint,
     ):  # fmt: skip
         assert words in page.text, words
-    figures = "experts layer distribution inequality load mass sizes criteria domains"
+    figures = "sizes experts layer distribution inequality load mass criteria domains"
     assert list(page.data["figures"]) == figures.split()
     assert page.tags.count("table") == 10  # all figures but the map and the one layer, and three lists
     assert re.search(r"kept of Σ g·‖f‖", page.text)
@@ -165,18 +166,101 @@ def test_super_experts_and_rare_ones_are_named(tmp_path: Path) -> None:
 # ---- the sweep
 
 
-def test_quality_and_size(tmp_path: Path) -> None:
+def sections_of(path: Path) -> list[tuple[str, list[str]]]:
+    """Headings of the second level, each with those of the third within it."""
+    found: list[tuple[str, list[str]]] = []
+    for level, title in re.findall(r"<h([23]) id[^>]*>([^<]*)</h", path.read_text(encoding="utf-8")):
+        if level == "2":
+            found.append((title, []))
+        else:
+            found[-1][1].append(title)
+    return found
+
+
+def test_the_page_begins_with_what_it_costs(tmp_path: Path) -> None:
     best = Verdict(keep=4, domain=None, metric="reap", runner_up="random", margin=0.6, spread=0.1, clear=False)
-    path = table(verdicts=(best,), warnings=("the texts overlap",)).save(tmp_path / "sweep.json")
-    page = Page(reap.report(make_profile(), tmp_path / "r.html", sweep=path))
-    assert list(page.data["figures"])[6:8] == ["quality", "quality-1"]
-    whole = page.data["figures"]["quality"]
-    assert [trace["name"] for trace in whole["data"]] == ["reap", "random"]
-    assert "Best at 4 experts: reap before random by 0.6 ± 0.1 nats a token (no clear winner)." in page.text
-    assert "Quality and size: code" in page.text
+    other = Verdict(keep=4, domain="code", metric="random", runner_up="reap", margin=0.1, spread=0.01, clear=True)
+    path = table(verdicts=(best, other), warnings=("the texts overlap",)).save(tmp_path / "sweep.json")
+    output = reap.report(make_profile(), tmp_path / "r.html", sweep=path)
+    page = Page(output)
+    assert next(iter(page.data["figures"])) == "quality"
+    assert [name for name in page.data["figures"] if name.startswith("quality")] == ["quality"]  # one for all domains
+    traces = page.data["figures"]["quality"]["data"]
+    legend = [trace["name"] for trace in traces if trace.get("showlegend", True)]
+    assert legend == ["reap", "random", "all experts"]
+    ratios = {trace["name"]: trace["y"] for trace in traces if trace.get("showlegend", True)}
+    assert ratios["all experts"] == [1.0]
+    assert ratios["reap"] == pytest.approx([1.2, 1.0])  # to the model as it is
+    (domain,) = [trace for trace in traces if not trace.get("showlegend", True)]
+    assert domain["y"] == pytest.approx([1.1])
+    assert "4 experts: no clear winner; reap comes first, but with random, the next, perplexity is 82.21% ± 18.22%" in (
+        page.text
+    )
+    assert "4 experts on code: random is best" in page.text  # a domain with another winner
     assert "the texts overlap" in page.text
-    assert "20 to 24" in page.text
-    assert "20.00% ± 1.20%" in page.text
+    assert "nats" not in page.text.replace("mean KL divergence", "")
+    for cells in ("20 to 24", "+20.00% ± 1.20%", "+10.00% ± 1.10%", "all experts 8 800 B all 10 ± 0.5"):
+        assert cells in page.text, cells
+
+
+def test_the_first_numbers_are_the_answers(tmp_path: Path) -> None:
+    profile = make_profile()
+    plan = reap.plan(profile, keep=4)
+    best = Verdict(keep=4, domain=None, metric="reap", runner_up="random", margin=0.6, spread=0.1, clear=True)
+    output = reap.report(profile, tmp_path / "r.html", plan=plan, sweep=table(verdicts=(best,)))
+    head = Page(output).text.split("What it costs")[0]
+    assert "+20.0% ± 1.2% perplexity, with 4 of 8 experts by reap, on the sweep's text" in head
+    assert "reap is clearly best with 4 experts: with random, the next, perplexity is 82.2% ± 18.2% higher" in head
+    evaluation = tmp_path / "e.json"
+    document = {"perplexity": 11.5, "stderr": 0.4, "perplexity_ratio": 1.15, "ratio_stderr": 0.02, "tokens": 900}
+    evaluation.write_text(json.dumps(document))
+    page = Page(reap.report(profile, tmp_path / "j.html", plan=plan, sweep=table(), evaluations=[evaluation]))
+    assert "+15.0% ± 2.0% perplexity, with 4 of 8 experts, on text that had no part in the choice" in page.text
+    assert "no part in the choice 11.5 ± 0.4" in page.text
+    evaluation.write_text(json.dumps({**document, "perplexity_ratio": None}))
+    with pytest.raises(FormatError, match="was compared with no other model"):
+        reap.report(profile, tmp_path / "k.html", evaluations=[evaluation])
+
+
+def test_sections_of_one_idea_are_one(tmp_path: Path) -> None:
+    profile = make_profile(domains=("a", "b"))
+    found = sections_of(reap.report(profile, tmp_path / "r.html", sweep=table()))
+    assert found == [
+        ("What it costs", []),
+        ("Experts", ["One layer"]),
+        ("Scores", ["Gini and gap"]),
+        ("Load", []),
+        ("Kept mass", []),
+        ("Agreement", ["Domains"]),
+        ("Experts to look at", ["Super experts"]),
+        ("Provenance", []),
+    ]
+
+
+def test_nothing_is_shown_that_says_nothing(tmp_path: Path) -> None:
+    """No row or column of dashes, and no legend of what has no data."""
+    rows = (row("baseline", 8, 10.0), row("reap", 4, 12.0, kl_mean=math.nan, top1=math.nan))
+    output = reap.report(make_profile(), tmp_path / "r.html", sweep=table(rows=rows))
+    page = output.read_text(encoding="utf-8")
+    for body in re.findall(r"<tbody>(.*?)</tbody>", page, re.DOTALL):
+        cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in re.findall(r"<tr>(.*?)</tr>", body)]
+        assert all(any(cell not in ("–", "") for cell in line[1:]) for line in cells)
+        assert all(any(line[index] not in ("–", "") for line in cells) for index in range(1, len(cells[0])))
+    assert "over the seeds" not in page
+    assert "mean KL divergence" not in page
+    for figure in Page(output).data["figures"].values():
+        for trace in figure["data"] if isinstance(figure, dict) else ():
+            assert trace["type"] not in ("scatter", "bar") or trace.get("y") not in ([], None), trace["name"]
+
+
+def test_ticks_in_per_cent() -> None:
+    values, texts = rise_ticks(1.0, 2.2)
+    assert (values[0], texts[0]) == (1.0, "0%")
+    assert texts[-1] == "+100%"
+    assert values == sorted(values)
+    assert rise_ticks(1.0, 1.03)[1] == ["0%", "+1%", "+2%"]
+    assert rise_ticks(0.95, 1.0)[1] == ["-5%", "-2%", "-1%", "0%"]
+    assert rise_ticks(1.0, 1.0) == ([1.0], ["0%"])
 
 
 def test_points_are_means_over_the_seeds() -> None:
@@ -440,8 +524,19 @@ def test_light_and_dark(chromium: Browser, example: Path) -> None:
 
 
 def test_narrow_windows_do_not_scroll_sideways(chromium: Browser, example: Path) -> None:
-    opened(chromium, example, width=390, height=800)
-    assert chromium.run("return document.documentElement.scrollWidth") <= 390
+    for width in (390, 400):
+        opened(chromium, example, width=width, height=800)
+        assert chromium.run("return document.documentElement.scrollWidth") <= width
+    text = "return [...document.querySelectorAll('#plot-quality text')].map((it) => it.getBoundingClientRect())"
+    inside = ".every((box) => box.left >= 0 && box.right <= 400)"
+    assert chromium.run(text + inside)
+
+
+def test_the_first_screen_shows_the_cost(chromium: Browser, example: Path) -> None:
+    for dark in (False, True):
+        opened(chromium, example, width=1280, height=900, dark=dark)
+        bottom = "return document.querySelector('#plot-quality .xaxislayer-above').getBoundingClientRect().bottom"
+        assert chromium.run(bottom) <= 900
 
 
 def test_every_figure_has_a_name_and_every_field_a_label(chromium: Browser, example: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from reap.cli import cut, evaluate, generate, hf, measure, utilities
+from reap.cli import cut, evaluate, generate, hf, measure, shrink, utilities
 from reap.errors import Interrupted, ReapError
 from reap.version import version
 
@@ -64,8 +64,8 @@ def reap(
     """Measure what each expert of a Mixture-of-Experts GGUF model contributes, and remove the ones that contribute
     least.
 
-    [bold]Pipeline.[/bold] Each step leaves a file that a person can read; `reap demo` does all of it on a small model
-    that comes with reap.
+    [bold]Pipeline.[/bold] `reap shrink` does all of it in one job, `reap demo` shows that on a small model that comes
+    with reap. Step by step, each leaves a file that a person can read:
 
     \b
       reap inspect model.gguf
@@ -88,7 +88,7 @@ def reap(
     """
 
 
-PANELS = (measure.PANEL, cut.PANEL, evaluate.PANEL, generate.PANEL, utilities.PANEL)
+PANELS = (shrink.PANEL, measure.PANEL, cut.PANEL, evaluate.PANEL, generate.PANEL, utilities.PANEL)
 for _panel in PANELS:
     _panel.add_to(app)
 app.add_typer(hf.group, rich_help_panel=utilities.PANEL.title)

@@ -1,167 +1,129 @@
-"""demo: the whole pipeline on the small model that comes with reap."""
+"""demo: `reap shrink` on the small model that comes with reap."""
 
 from __future__ import annotations
 
-import math
 import shutil
-import time
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import reap
-from reap.cli.show import print_table, progress_bar, say
-from reap.errors import OutputError, ReapError
-from reap.files.formatting import bytes_text, number_text
-
-if TYPE_CHECKING:
-    from reap.evaluation.result import Evaluation
-    from reap.evaluation.sweep_table import SweepRow
-    from reap.scores.profile import Profile
+from reap.cli.next_step import command_line
+from reap.cli.show import print_table, say
+from reap.cli.shrink import print_result, step_bars
+from reap.cli.sweep_text import rise_text
+from reap.errors import OutputError, ReapError, UsageError
+from reap.files.formatting import bytes_text
 
 KEEPS = (0.75, 0.5, 0.25)
-METRICS = ("reap", "frequency", "random")
 DOMAINS = ("python", "c", "english")
-HELDOUT_BYTES = 16_000  # of each domain: ten models are evaluated on all of them within a minute
+HELDOUT_BYTES = 16_000  # of each domain: thirteen models are run on half of them within a minute
 # The model is so small that threads mostly wait for each other: on a busy two-core machine two of them took ten times
 # as long as one.
 THREADS = 1
+CTX_SIZE = 512
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A model and what it predicts how well: what chose its experts, how many there are, and its perplexity by
-    domain."""
-
-    metric: str
-    keep: int
-    n_bytes: int
-    evaluations: dict[str, Evaluation]
-    seconds: float
-
-    @property
-    def sweep_rows(self) -> list[SweepRow]:
-        """As the rows of a sweep; what was not measured is NaN."""
-        from reap.evaluation.sweep_table import SweepRow
-
-        unknown = dict.fromkeys(("kl_mean", "top1", "loss_increase", "loss_increase_stderr"), math.nan)
-        seed = 0 if self.metric == "random" else None
-        same: dict[str, Any] = {
-            "metric": self.metric,
-            "seed": seed,
-            "keep": self.keep,
-            "bytes": self.n_bytes,
-            **unknown,
-        }
-        return [
-            SweepRow(domain=name, tokens=it.tokens, perplexity=it.perplexity, stderr=it.stderr, **same)
-            for name, it in self.evaluations.items()
-        ]
-
-
-@dataclass(frozen=True)
-class _Files:
+class Files:
     """What the demo works on, all in one folder."""
 
     out: Path
+    """The folder."""
 
     @property
     def model(self) -> Path:
+        """The whole model."""
         return self.out / "model.gguf"
 
     @property
     def calibration(self) -> Path:
+        """Text of three domains to profile."""
         return self.out / "sample_calibration.jsonl"
 
     @property
     def profile(self) -> Path:
+        """The profile once more, by the name that other tools' users know."""
         return self.out / "expert_stats_reap.json"
 
-    def heldout(self, domain: str) -> Path:
-        return self.out / f"heldout-{domain}.txt"
-
-    def plan(self, keep: float) -> Path:
-        return self.out / f"plan-{keep:.0%}.json".replace("%", "")
+    @property
+    def texts(self) -> dict[str, Path]:
+        """Domain -> held-out text."""
+        return {domain: self.out / f"heldout-{domain}.txt" for domain in DOMAINS}
 
     @property
-    def report(self) -> Path:
-        return self.out / "report.html"
-
-    def pruned(self, keep: float) -> Path:
-        return self.out / f"reap-{keep:.0%}.gguf".replace("%", "")
+    def small(self) -> Path:
+        """The folder of the job."""
+        return self.out / "small"
 
 
 def demo(out: Path) -> None:
     """Do it all in the directory `out`, and say what is done."""
-    started = time.perf_counter()
-    work = _Files(out)
-    _unpack(work)
+    work = Files(out)
+    unpack(work)
     info = reap.inspect(work.model)
     experts = f"{len(info.moe_layers)} layers of {info.n_experts} experts, of which a token uses {info.n_experts_used}"
     say(f"A model of {bytes_text(info.n_bytes)}: {experts}.")
-    say(f"\n$ reap profile {work.model} {work.calibration} -o {work.profile} -c 512 -t {THREADS} --force")
-    with progress_bar("profiling") as progress:
-        profile = reap.profile(work.model, work.calibration, ctx_size=512, threads=THREADS, progress=progress)
-    profile.save(work.profile)
-    say(f"  {profile.calibration['tokens']:,} tokens in {time.perf_counter() - started:.1f} s")
-    rows = [_evaluate("baseline", info.n_experts, work, work.model)]
-    for keep in KEEPS:
-        rows += _prune_and_evaluate(work, profile, keep)
-    say(f"\n$ reap report {work.profile} --plan {work.plan(0.5)} --model {work.model} -o {work.report} --force")
-    table = reap.Sweep(rows=tuple(row for model in rows for row in model.sweep_rows))
-    reap.report(profile, work.report, plan=work.plan(0.5), model=work.model, sweep=table, force=True)
-    columns = ["model", "size", *(f"perplexity, {domain}" for domain in DOMAINS), "seconds"]
-    say("")
-    print_table(columns, [_cells(row, info.n_experts) for row in rows])
-    say(f"Open {work.report} in a browser; `reap inspect {work.pruned(0.5)}` says what was kept.")
-    say(f"Everything is in {out}. {time.perf_counter() - started:.0f} seconds in all.")
+    texts = [word for path in work.texts.values() for word in ("--text", path)]
+    also = ",".join(str(keep) for keep in KEEPS if keep != 0.5)
+    sizes = ["--keep", "0.5", "--also-keep", also, "-c", CTX_SIZE, "-t", THREADS]
+    command = ["reap", "shrink", work.model, "--calibration", work.calibration, *texts, *sizes, "-o", work.small]
+    say(f"$ {command_line(*command)}")
+    with step_bars() as bars:
+        result = reap.shrink(
+            work.model,
+            work.small,
+            calibration=work.calibration,
+            text=list(work.texts.values()),
+            keep=0.5,
+            also_keep=[keep for keep in KEEPS if keep != 0.5],
+            ctx_size=CTX_SIZE,
+            threads=THREADS,
+            on_step=bars.begin,
+            progress=bars.move,
+        )
+    shutil.copyfile(work.small / "profile.json", work.profile)
+    print_rises(reap.Sweep.load(work.small / "sweep.json"))
+    print_result(result)
+    say(f"next: open {command_line(work.small / 'report.html')} in a browser")
 
 
-def _unpack(work: _Files) -> None:
+def print_rises(table: reap.Sweep) -> None:
+    """By how much perplexity rises by each criterion at each size, on each domain."""
+    n_experts = table.baseline.keep
+    candidates = [row for row in table.select() if row.keep < n_experts]
+    parts = {(row.metric, row.keep, row.domain): row for row in table.rows}
+    rows = [
+        (
+            f"{row.keep / n_experts:.0%} by {row.metric}",
+            bytes_text(row.bytes),
+            rise_text(row),
+            *(rise_text(parts[row.metric, row.keep, domain]) for domain in table.domains),
+        )
+        for row in sorted(candidates, key=lambda row: -row.keep)
+    ]
+    print_table(["experts", "size", "perplexity rises by", *table.domains], rows)
+
+
+def unpack(work: Files) -> None:
+    """The model and its texts into the folder.
+
+    Raises UsageError where another file has the name of one of them, OutputError where they cannot be written.
+    """
     data = files("reap") / "data"
     models = sorted((item for item in data.iterdir() if item.name.endswith(".gguf")), key=lambda item: item.name)
     if not models:
         raise ReapError("this installation of reap lacks the demo's model (reap/data/*.gguf); reinstall it")
+    contents = {work.model: models[0].read_bytes(), work.calibration: (data / "calibration.jsonl").read_bytes()}
+    for domain, path in work.texts.items():
+        text = (data / "heldout" / f"{domain}.txt").read_bytes()[:HELDOUT_BYTES]
+        contents[path] = text[: text.rfind(b"\n") + 1]
     try:
         work.out.mkdir(parents=True, exist_ok=True)
-        for source, target in ((models[0], work.model), (data / "calibration.jsonl", work.calibration)):
-            with source.open("rb") as read, open(target, "wb") as write:
-                shutil.copyfileobj(read, write)
-        for domain in DOMAINS:
-            text = (data / "heldout" / f"{domain}.txt").read_bytes()[:HELDOUT_BYTES]
-            work.heldout(domain).write_bytes(text[: text.rfind(b"\n") + 1])
+        for path, content in contents.items():
+            if path.exists() and path.read_bytes() != content:
+                raise UsageError(f"{path}: is there and is not the demo's; choose another folder with --out")
+            if not path.exists():
+                path.write_bytes(content)
     except OSError as error:
         raise OutputError(f"{work.out}: cannot be written: {error.strerror or error}") from error
-
-
-def _prune_and_evaluate(work: _Files, profile: Profile, keep: float) -> list[_Row]:
-    """By REAP, the file stays; by the others, for comparison only, it does not."""
-    say(f"\n$ reap plan {work.profile} --keep {keep} -o {work.plan(keep)} --force")
-    say(f"$ reap prune {work.model} --plan {work.plan(keep)} -o {work.pruned(keep)} --force")
-    for domain in DOMAINS:
-        say(f"$ reap evaluate {work.pruned(keep)} {work.heldout(domain)} -t {THREADS}")
-    rows = []
-    for metric in METRICS:
-        plan = reap.plan(profile, keep=keep, metric=metric)
-        is_kept = metric == "reap"
-        target = work.pruned(keep) if is_kept else work.out / ".compared.gguf"
-        if is_kept:
-            plan.save(work.plan(keep))
-        reap.prune(work.model, target, plan, force=True)
-        rows.append(_evaluate(metric, plan.keep, work, target))
-        if not is_kept:
-            target.unlink()
-    return rows
-
-
-def _evaluate(metric: str, keep: int, work: _Files, model: Path) -> _Row:
-    started = time.perf_counter()
-    evaluations = {domain: reap.evaluate(model, work.heldout(domain), threads=THREADS) for domain in DOMAINS}
-    return _Row(metric, keep, model.stat().st_size, evaluations, time.perf_counter() - started)
-
-
-def _cells(row: _Row, n_experts: int) -> list[str]:
-    name = "all experts" if row.keep == n_experts else f"{row.keep / n_experts:.0%} by {row.metric}"
-    figures = [number_text(row.evaluations[domain].perplexity) for domain in DOMAINS]
-    return [name, bytes_text(row.n_bytes), *figures, f"{row.seconds:.1f}"]

@@ -317,7 +317,9 @@ def report(
     evaluation: Annotated[
         list[Path] | None,
         typer.Option(
-            "--evaluation", metavar="TASKS.json", help="Output of `reap evaluate --tasks --json`; may be given again."
+            "--evaluation",
+            metavar="EVAL.json",
+            help="Of `reap evaluate -o`, with --reference or --tasks; may be repeated.",
         ),
         READS,
     ] = None,

@@ -14,7 +14,7 @@ from reap.errors import UsageError
 from reap.files.formatting import bytes_text, number_text
 
 if TYPE_CHECKING:
-    from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict
+    from reap.evaluation.sweep_table import Sweep, SweepRow
     from reap.evaluation.sweep_winner import Winner
 
 MARKS = "oxv+#*%@&$"
@@ -31,7 +31,7 @@ def print_sweep(table: Sweep) -> None:
     if table.domains:
         by_candidate = zip(*(table.select(domain=domain) for domain in table.domains), strict=True)
         rows = [
-            (_name(row[0]), row[0].keep, *(f"{number_text(part.perplexity)} {_rise(part)}" for part in row))
+            (_name(row[0]), row[0].keep, *(f"{number_text(part.perplexity)} {rise_text(part)}" for part in row))
             for row in by_candidate
         ]
         print_table(["by", "experts", *table.domains], rows, title="perplexity on each domain, and its rise")
@@ -51,7 +51,8 @@ def _name(row: SweepRow) -> str:
     return row.metric if row.seed is None else f"{row.metric} (seed {row.seed})"
 
 
-def _rise(row: SweepRow) -> str:
+def rise_text(row: SweepRow) -> str:
+    """+6.4% ± 0.7%: of the perplexity over that of the model as it is, which has none."""
     if row.metric == "baseline":
         return ""
     ratio = math.exp(min(row.loss_increase, 700))
@@ -65,7 +66,7 @@ def _cells(row: SweepRow, n_bytes: int) -> Sequence[str]:
         f"{bytes_text(row.bytes)} ({row.bytes / max(n_bytes, 1):.0%})",
         number_text(row.perplexity),
         f"± {number_text(row.stderr)}",
-        _rise(row),
+        rise_text(row),
         number_text(row.kl_mean),
         f"{row.top1:.1%}",
     )
@@ -73,23 +74,13 @@ def _cells(row: SweepRow, n_bytes: int) -> Sequence[str]:
 
 def verdict_lines(table: Sweep) -> Iterator[str]:
     """One sentence for each size, on all of the text and on each domain."""
+    from reap.evaluation.sweep_winner import verdict_text  # which takes numpy along
+
     for keep in table.best():
         for domain in (None, *table.domains):
             verdict = table.best(domain).get(keep)
             if verdict is not None:
-                yield _verdict_line(verdict)
-
-
-def _verdict_line(verdict: Verdict) -> str:
-    where = "" if verdict.domain is None else f" on {verdict.domain}"
-    ratio = math.exp(min(verdict.margin, 700))
-    numbers = f"with {verdict.runner_up}, the next, perplexity is {ratio - 1:.2%} ± {ratio * verdict.spread:.2%} higher"
-    if verdict.clear:
-        return f"{verdict.keep} experts{where}: {verdict.metric} is best; {numbers}."
-    return (
-        f"{verdict.keep} experts{where}: no clear winner; {verdict.metric} comes first, but {numbers}, which may be"
-        " chance."
-    )
+                yield verdict_text(verdict)
 
 
 def print_next_plans(table: Sweep, model: Path, profile: Path, output: Path | None, words: Sequence[str]) -> None:

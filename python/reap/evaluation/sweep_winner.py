@@ -118,13 +118,17 @@ def winning_plan(table: Sweep, profile: Profile | PathLike | None = None, *, kee
         MismatchError: the profile gives other experts than those that were judged.
     """
     row = find_winner(table, keep).row
+    return plan_of_row(table, row, profile_of(table) if profile is None else Profile.of(profile))
+
+
+def plan_of_row(table: Sweep, row: SweepRow, profile: Profile) -> PrunePlan:
+    """The plan of one candidate of a sweep, as `winning_plan` makes it."""
     if row.metric in (table.choice.get("plans") or ()) or row.metric not in METRICS:
         raise UsageError(
             f"with {row.keep} experts the best is {row.metric!r}, a plan that the sweep was given: prune with that file"
         )
-    source = profile_of(table) if profile is None else Profile.of(profile)
     options = {name: table.choice[name] for name in CHOICE_KEYS if name in table.choice}
-    made = plan(source, keep=row.keep, metric=row.metric, seed=row.seed or 0, **options)
+    made = plan(profile, keep=row.keep, metric=row.metric, seed=row.seed or 0, **options)
     if row.experts_sha256 not in (None, made.experts_sha256):
         raise MismatchError(
             f"with {row.keep} experts by {row.metric} the profile gives other experts than those that the sweep judged:"
@@ -141,8 +145,21 @@ def profile_of(table: Sweep, folder: Path | None = None) -> Profile:
     name = table.choice.get("profile")
     if not isinstance(name, str):
         raise UsageError("the sweep names no profile: give the one that it was made with")
-    places = [Path(name), *([folder / name] if folder is not None else [])]
+    places = [Path(name), *([folder / name, folder / Path(name).name] if folder is not None else [])]
     return Profile.load(next((place for place in places if place.is_file()), places[0]))
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Which criterion is best at a size, and how sure that is, in a sentence."""
+    where = "" if verdict.domain is None else f" on {verdict.domain}"
+    ratio = math.exp(min(verdict.margin, 700))
+    numbers = f"with {verdict.runner_up}, the next, perplexity is {ratio - 1:.2%} ± {ratio * verdict.spread:.2%} higher"
+    if verdict.clear:
+        return f"{verdict.keep} experts{where}: {verdict.metric} is best; {numbers}."
+    return (
+        f"{verdict.keep} experts{where}: no clear winner; {verdict.metric} comes first, but {numbers}, which may be"
+        " chance."
+    )
 
 
 def plan_remark(table: Sweep, made: PrunePlan) -> str | None:
@@ -154,7 +171,7 @@ def plan_remark(table: Sweep, made: PrunePlan) -> str | None:
         winner = find_winner(table, made.keep)
     except UsageError as error:
         return f"Whether the plan is the sweep's winner is not known: {error}."
-    own = next((row for row in tried if _is_choice(row, made)), None)
+    own = next((row for row in tried if is_choice(row, made)), None)
     if own is not None and own.metric == winner.row.metric:
         return None
     best = f"{winner.row.metric} (perplexity {number_text(winner.row.perplexity)})"
@@ -169,6 +186,6 @@ def plan_remark(table: Sweep, made: PrunePlan) -> str | None:
     )
 
 
-def _is_choice(row: SweepRow, made: PrunePlan) -> bool:
+def is_choice(row: SweepRow, made: PrunePlan) -> bool:
     """Whether a row is of the plan's experts; in a file that does not name them, of its metric."""
     return row.metric == made.metric if row.experts_sha256 is None else row.experts_sha256 == made.experts_sha256

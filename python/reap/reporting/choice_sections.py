@@ -44,7 +44,7 @@ def criteria(sources: Sources) -> Section:
     )
     return Section(
         "criteria",
-        "Metrics",
+        "Agreement",
         lead,
         plots.matrix(labels, values, chance, "of the kept experts in common"),
         alt,
@@ -79,6 +79,7 @@ def domains(sources: Sources) -> Section:
         plots.matrix(names, values, chance, "of the kept experts in common"),
         alt,
         table,
+        continues=True,
     )
 
 
@@ -90,7 +91,7 @@ def low(sources: Sources) -> Section:
             layer,
             _ids(np.flatnonzero(never[i])),
             _ids(np.flatnonzero(low[i] & ~never[i])),
-            f"{int((low[i] & ~sources.mask[i]).sum())} of {int(low[i].sum())}",
+            f"{int((low[i] & ~sources.mask[i]).sum())} of {int(low[i].sum())}" if low[i].any() else "–",
         ]
         for i, layer in enumerate(sources.layers)
     ]
@@ -100,6 +101,9 @@ def low(sources: Sources) -> Section:
     )
     everywhere = np.flatnonzero(low.all(axis=0))
     notes = []
+    without = int((~(low | never).any(axis=1)).sum())
+    if without:
+        notes.append("No layer has one." if without == profile.n_layers else f"The other {without} layers have none.")
     if profile.n_layers > 1:
         named = (
             f"Low in every layer: expert {_ids(everywhere)}. "
@@ -111,7 +115,7 @@ def low(sources: Sources) -> Section:
             "at the measurement more than at the expert."
         )
     columns = ["layer", "never routed to", "low by every metric", "removed of these"]
-    return Section("low", "Low experts", lead, table=Table(columns, rows, is_words=True), notes=notes)
+    return Section("low", "Experts to look at", lead, table=Table(columns, rows, is_words=True), notes=notes)
 
 
 def super_experts_section(sources: Sources) -> Section:
@@ -122,7 +126,7 @@ def super_experts_section(sources: Sources) -> Section:
         "reap plan --super-experts protects them."
     )
     if not found:
-        return Section("super-experts", "Super experts", lead + " None was found here.")
+        return Section("super-experts", "Super experts", lead + " None was found here.", continues=True)
     rows = [
         [f"layer {item.layer}, expert {item.expert}", number(item.norm_max), f"{item.ratio:.0f}",
          "kept" if item.expert in sources.plan.layers[item.layer] else "REMOVED"]
@@ -133,6 +137,7 @@ def super_experts_section(sources: Sources) -> Section:
         "Super experts",
         lead,
         table=Table(["", "largest ‖f‖", "times the median", "the plan"], rows),
+        continues=True,
     )
 
 

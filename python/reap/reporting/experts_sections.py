@@ -44,7 +44,7 @@ def layer(sources: Sources) -> Section:
     alt = "The experts of one layer in the order of the metric chosen above" + (
         ", kept ones as dots, removed ones as crosses." if sources.removes else "."
     )
-    return Section("layer", "One layer", lead, "layer", alt)
+    return Section("layer", "One layer", lead, "layer", alt, continues=True)
 
 
 def distribution(sources: Sources) -> Section:
@@ -91,7 +91,7 @@ def inequality(sources: Sources) -> Section:
         "either side are interchangeable, below 0 something else than this score chose as well."
     )
     figure = plots.inequality(sources.profile, sources.metric, sources.mask)
-    return Section("inequality", "Gini and gap", lead, figure, alt, Table(columns, rows))
+    return Section("inequality", "Gini and gap", lead, figure, alt, Table(columns, rows), continues=True)
 
 
 def load(sources: Sources) -> Section:

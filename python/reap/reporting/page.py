@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from reap.files.atomic import write_whole
 from reap.files.paths import PathLike
+
+_NOTHING = ("–", "")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,18 @@ class Table:
     """Cells are to be read, not compared."""
     is_text: bool = False
     """Cells are text of several lines, shown as it is."""
+
+    @property
+    def shown(self) -> Table:
+        """Without what says nothing: rows and columns of dashes alone."""
+        rows = [row for row in self.rows if len(row) < 2 or any(cell not in _NOTHING for cell in row[1:])]
+        used = [
+            index
+            for index in range(max(map(len, rows), default=len(self.columns)))
+            if index == 0 or not rows or any(row[index] not in _NOTHING for row in rows)
+        ]
+        columns = [self.columns[index] for index in used] if self.columns else self.columns
+        return replace(self, columns=columns, rows=[[row[index] for index in used] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,9 @@ class Section:
     notes: Sequence[str] = ()
     """Sentences below it all."""
     navigation: str | None = None
-    """Its name in the list of sections; None: the title; empty: not listed."""
+    """Its name in the list of sections; None: the title."""
+    continues: bool = False
+    """It is of one idea with the section before, and stands within it."""
 
 
 @dataclass(frozen=True)

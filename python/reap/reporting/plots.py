@@ -43,8 +43,11 @@ HEIGHT = 380
 
 
 def figure(*traces: Any, **layout: Any) -> Any:
-    """A figure in the manner of the page: a small margin, the legend above, the ground left to the page around it."""
-    made = go.Figure(data=list(traces))
+    """A figure in the manner of the page: a small margin, the legend above, the ground left to the page around it.
+
+    A trace without a number is left out, and so is its entry of the legend.
+    """
+    made = go.Figure(data=[trace for trace in traces if _has_data(trace)])
     made.update_layout(
         template="none",
         height=layout.pop("height", HEIGHT),
@@ -56,6 +59,13 @@ def figure(*traces: Any, **layout: Any) -> Any:
         **layout,
     )
     return made
+
+
+def _has_data(trace: Any) -> bool:
+    if not isinstance(trace, go.Scatter | go.Bar) or trace.orientation == "h":
+        return True
+    values = [value for value in (() if trace.y is None else trace.y) if value is not None]
+    return any(isinstance(value, str) or np.isfinite(value) for value in values)
 
 
 def safe(text: object) -> str:
@@ -300,37 +310,89 @@ def matrix(names: Sequence[str], values: Floats, chance: float, what: str) -> An
 # ---- sizes and quality
 
 
-def sweep_curve(points: Mapping[str, Sequence[SweepPoint]], baseline: float | None = None) -> Any:
-    """Perplexity against size, one line for each metric; bars are standard errors, or the range over the seeds."""
-    unit, name = _unit(max(point.n_bytes for group in points.values() for point in group))
+def cost_curve(
+    whole: Mapping[str, Sequence[SweepPoint]],
+    domains: Mapping[str, Mapping[str, Sequence[SweepPoint]]],
+    base: SweepPoint,
+    own: SweepPoint | None,
+) -> Any:
+    """Rise of the perplexity against size: a line for each criterion on the whole text, from the model as it is; its
+    domains as small marks; the plan in a ring."""
+    largest = max(point.n_bytes for group in (*whole.values(), [base]) for point in group)
+    unit, name = _unit(largest)
     traces = []
-    for index, (metric, group) in enumerate(points.items()):
-        x = [point.n_bytes / unit for point in group]
-        y = [point.perplexity for point in group]
-        plus = [point.spread[1] - point.perplexity if point.spread else np.nan_to_num(point.stderr) for point in group]
-        minus = [point.perplexity - point.spread[0] if point.spread else np.nan_to_num(point.stderr) for point in group]
-        error = dict(type="data", array=plus, arrayminus=minus, symmetric=False, thickness=1, width=4)
-        hover = "%{customdata} experts: perplexity %{y:.4g}"
-        traces.append(
-            line(
-                x,
-                y,
-                safe(metric),
-                index,
-                error_y=error,
-                customdata=[point.keep for point in group],
-                hovertemplate=hover,
-            )
-        )
-    made = figure(*traces, xaxis=dict(title=f"size ({name})"), yaxis=dict(title="perplexity (lower is better)"))
-    if baseline is not None:
-        made.add_hline(
-            y=baseline,
-            line=dict(dash="dot", color=GREY),
-            annotation_text="all experts",
-            annotation_position="bottom right",
-        )
-    return made
+    for index, (metric, group) in enumerate(whole.items()):
+        parts = [(domain, it) for domain, found in domains.items() for it in found.get(metric, ())]
+        traces += [_cost_line(metric, [*group, base], unit, index), _cost_marks(metric, parts, unit, index)]
+    star = dict(symbol="star", size=14, color=GREY, line=dict(width=1, color=GREY))
+    traces.append(go.Scatter(
+        x=[base.n_bytes / unit], y=[1.0], name="all experts", mode="markers", marker=star,
+        hovertemplate=f"all {base.keep} experts: perplexity {base.perplexity:.4g}<extra></extra>",
+    ))  # fmt: skip
+    if own is not None:
+        ring = dict(symbol="circle-open", size=20, color=GREY, line=dict(width=2.5))
+        traces.append(go.Scatter(
+            x=[own.n_bytes / unit], y=[1 + own.rise], name="the plan", mode="markers", marker=ring, hoverinfo="skip",
+        ))  # fmt: skip
+    shown = [1 + point.rise for group in whole.values() for point in group]
+    shown += [1 + point.rise for found in domains.values() for group in found.values() for point in group]
+    values, texts = rise_ticks(min([1.0, *shown]), max([1.0, *shown]))
+    axis = dict(title="perplexity rises by", type="log", tickvals=values, ticktext=texts)
+    return figure(*traces, height=360, xaxis=dict(title=f"size of the file ({name})"), yaxis=axis)
+
+
+def _cost_line(metric: str, group: Sequence[SweepPoint], unit: int, index: int) -> Any:
+    """A criterion on the whole text; the last point, the model as it is, has no error."""
+    ratios = [1 + point.rise for point in group]
+    plus = [_above(point) for point in group[:-1]] + [0.0]
+    minus = [_below(point) for point in group[:-1]] + [0.0]
+    error = dict(type="data", array=plus, arrayminus=minus, symmetric=False, thickness=1.2, width=5)
+    texts = [f"{point.rise:+.1%} ± {np.nan_to_num(point.rise_error):.1%}" for point in group]
+    return line(
+        [point.n_bytes / unit for point in group], ratios, safe(metric), index, error_y=error, legendgroup=metric,
+        customdata=[[point.keep, text] for point, text in zip(group, texts, strict=True)],
+        hovertemplate="%{customdata[0]} experts: %{customdata[1]}",
+    )  # fmt: skip
+
+
+def _cost_marks(metric: str, parts: Sequence[tuple[str, SweepPoint]], unit: int, index: int) -> Any:
+    """The same criterion on each domain."""
+    colour, mark = SERIES[index % len(SERIES)], MARKS[index % len(MARKS)]
+    return go.Scatter(
+        x=[point.n_bytes / unit for _, point in parts], y=[1 + point.rise for _, point in parts], mode="markers",
+        name=safe(metric), legendgroup=metric, showlegend=False,
+        marker=dict(symbol=f"{mark}-open", size=6, color=colour, line=dict(width=1.2)),
+        customdata=[[point.keep, safe(domain), f"{point.rise:+.1%}"] for domain, point in parts],
+        hovertemplate="%{customdata[0]} experts, %{customdata[1]}: %{customdata[2]}",
+    )  # fmt: skip
+
+
+def _above(point: SweepPoint) -> float:
+    """Up to where the bar of a ratio goes: its standard error, or the highest of several seeds."""
+    if point.spread is not None:
+        return (1 + point.rise) * (point.spread[1] / point.perplexity - 1)
+    return float(np.nan_to_num(point.rise_error))
+
+
+def _below(point: SweepPoint) -> float:
+    if point.spread is not None:
+        return (1 + point.rise) * (1 - point.spread[0] / point.perplexity)
+    return float(np.nan_to_num(point.rise_error))
+
+
+_RISES = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100, 1000)
+
+
+def rise_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """(ratios, their texts in per cent) for a logarithmic axis from `low` to `high`; 0 % is always one."""
+    span = np.log(high / low)
+    apart = max(span / 9, 1e-6)
+    chosen = [0.0]
+    for rise in sorted(_RISES, key=abs, reverse=True):
+        within = np.log(low) - span / 20 <= np.log1p(rise) <= np.log(high) + span / 20
+        if within and all(abs(np.log((1 + rise) / (1 + other))) >= apart for other in chosen):
+            chosen.append(rise)
+    return [1 + rise for rise in sorted(chosen)], [f"{rise:+.0%}" if rise else "0%" for rise in sorted(chosen)]
 
 
 def sizes(size: ModelSize) -> Any:

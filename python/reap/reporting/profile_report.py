@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reap.errors import MismatchError, ReapWarning
+from reap.errors import MismatchError, ReapWarning, UsageError
 from reap.evaluation.answer_files import read_answers
 from reap.evaluation.sweep_table import Sweep
 from reap.files.atomic import check_distinct, paths_of
@@ -24,10 +24,12 @@ from reap.reporting import plots
 from reap.reporting.answers_section import answers_section
 from reap.reporting.benchmarks import is_of_tasks, tasks_section
 from reap.reporting.choice_sections import criteria, domains, low, provenance, super_experts_section
+from reap.reporting.cost_sections import cost_facts, quality
 from reap.reporting.experts_sections import distribution, experts, inequality, kept_mass, layer, load
+from reap.reporting.judged import Judged
 from reap.reporting.page import Page, Section, packed, write_page
 from reap.reporting.report_sources import Sources
-from reap.reporting.size_sections import memory, quality, sizes
+from reap.reporting.size_sections import memory, sizes
 from reap.reporting.stability_section import stability
 from reap.scores.identity import compare_records, require_same
 from reap.scores.plan import PrunePlan, super_experts
@@ -69,7 +71,8 @@ def report(
         plan: the experts that stay; without one the page shows, and says so, what half of them by REAP would be
         sweep: what `reap.sweep` returned, or the file of it: adds quality against size
         model: the GGUF file: adds sizes before and after by kind of tensor, and which memory they fit into
-        evaluations: files of `reap evaluate --tasks --json`: adds the benchmarks
+        evaluations: files of `reap evaluate -o`: of `--tasks` the benchmarks; of the plan's model with `--reference`,
+            on text that had no part in the choice, what it costs there
         answers: two files of `reap generate`, of the whole model and of the pruned one: shows them side by side
         force: replace an output that exists
 
@@ -97,21 +100,24 @@ def report(
         _require_model_of(source, info)
     size = None if model is None or info is None else measure_size(model, None if info.refusals else made)
     name = None if isinstance(profile, Profile) else Path(profile).name
-    benchmarks = tuple(_benchmark(path) for path in evaluations)
-    sources = Sources(
-        source, made, given is None, table, info, size, name, benchmarks, tuple(map(read_answers, answers))
-    )
+    benchmarks, judged = _sorted(evaluations)
+    found = tuple(map(read_answers, answers))
+    sources = Sources(source, made, given is None, table, info, size, name, benchmarks, found, judged)
     written = write_page(page_of(sources), output, force=force)
     if sources.remark is not None:
         warnings.warn(sources.remark, ReapWarning, stacklevel=2)
     return written
 
 
-def _benchmark(path: PathLike) -> Node:
-    root = read_json(path, what="evaluation", max_bytes=MAX_BYTES)
-    if not is_of_tasks(root):
-        root.fail("is not what reap evaluate --tasks --json prints; the page shows quality on texts from a sweep")
-    return root
+def _sorted(evaluations: Sequence[PathLike]) -> tuple[tuple[Node, ...], Judged | None]:
+    """(those of tasks, the one of a text). UsageError where there are several of texts."""
+    roots = [read_json(path, what="evaluation", max_bytes=MAX_BYTES) for path in evaluations]
+    texts = [root for root in roots if not is_of_tasks(root)]
+    if len(texts) > 1:
+        raise UsageError(
+            f"{texts[1].where}: is an evaluation of a text, and {texts[0].where} is another; the page shows one"
+        )
+    return tuple(root for root in roots if is_of_tasks(root)), Judged.of(texts[0]) if texts else None
 
 
 def _require_model_of(profile: Profile, info: ModelInfo) -> None:
@@ -153,7 +159,12 @@ def _engine_warnings(profile: Profile) -> list[str]:
 
 
 def facts(sources: Sources) -> Iterator[tuple[str, str]]:
+    """The answers first; without a sweep what the profile alone says."""
     profile, record = sources.profile, sources.profile.calibration
+    answers = list(cost_facts(sources))
+    yield from answers
+    if sources.size is not None:
+        yield bytes_text(sources.size.n_bytes_after), f"after, {bytes_text(sources.size.n_bytes_before)} before"
     if sources.removes:
         total = profile.gated_norm_sum
         kept, blind = (
@@ -163,8 +174,8 @@ def facts(sources: Sources) -> Iterator[tuple[str, str]]:
         yield percent(kept), f"of Σ g·‖f‖ kept; at random it would be {percent(blind)}"
     if sources.stability is not None:
         yield percent(sources.stability.overlap), "of the kept experts another profile of as much text would keep too"
-    if sources.size is not None:
-        yield bytes_text(sources.size.n_bytes_after), f"after, {bytes_text(sources.size.n_bytes_before)} before"
+    if answers:
+        return
     never = int(profile.never_routed.sum())
     yield f"{never:,}", f"of {profile.counts.size:,} experts were never routed to"
     yield number(mean_of(gini(profile.counts)), 2), "Gini of the load, mean over the layers; 0 is even"
@@ -178,6 +189,17 @@ def facts(sources: Sources) -> Iterator[tuple[str, str]]:
 
 
 def sections(sources: Sources) -> Iterator[Section]:
+    """What it costs and what it gains first, what explains it after."""
+    cost = None if sources.sweep is None else quality(sources, sources.sweep)
+    if cost is not None:
+        yield cost
+    if sources.size is not None:
+        yield sizes(sources, sources.size)
+        yield memory(sources, sources.size)
+    if sources.benchmarks:
+        yield tasks_section(sources.benchmarks)
+    if sources.answers:
+        yield answers_section(sources.answers)
     yield experts(sources)
     yield layer(sources)
     yield distribution(sources)
@@ -187,15 +209,6 @@ def sections(sources: Sources) -> Iterator[Section]:
         yield kept_mass(sources)
         if (sure := stability(sources)) is not None:
             yield sure
-    if sources.sweep is not None:
-        yield from quality(sources, sources.sweep)
-    if sources.benchmarks:
-        yield tasks_section(sources.benchmarks)
-    if sources.answers:
-        yield answers_section(sources.answers)
-    if sources.size is not None:
-        yield sizes(sources, sources.size)
-        yield memory(sources, sources.size)
     yield criteria(sources)
     if len(sources.profile.domains) > 1:
         yield domains(sources)

@@ -12,6 +12,7 @@ from reap.evaluation.sweep_winner import plan_remark
 from reap.files.strict_json import Node
 from reap.gguf.model_info import ModelInfo
 from reap.pruning.sizing import ModelSize
+from reap.reporting.judged import Judged
 from reap.scores.plan import PrunePlan
 from reap.scores.profile import Profile
 from reap.scores.stability import Stability, TooFewPartsError
@@ -44,6 +45,8 @@ class Sources:
     """What `reap evaluate --tasks --json` printed."""
     answers: Sequence[AnswerFile] = ()
     """Two files of answers, of the whole model and of the pruned one."""
+    judged: Judged | None = None
+    """The pruned model on text that had no part in the choice, where it was given."""
 
     @cached_property
     def mask(self) -> Mask:

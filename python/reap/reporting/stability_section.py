@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reap.files.formatting import percent_text as percent
-from reap.reporting import plots as figures
+from reap.reporting import plots
 from reap.reporting.page import Section, Table
 from reap.reporting.report_sources import Sources
 from reap.scores.stability import Stability
@@ -33,7 +33,7 @@ def stability(sources: Sources) -> Section | None:
         [str(layer), percent(overlap, 1), *(percent(part.layers[layer], 1) for part in domains.values())]
         for layer, overlap in found.layers.items()
     ]
-    figure = figures.stability(sources.profile, {"all text": found, **domains})
+    figure = plots.stability(sources.profile, {"all text": found, **domains})
     return Section("stability", "How sure", lead, figure, alt, Table(columns, [*rows, _mean_row(found, domains)]))
 
 

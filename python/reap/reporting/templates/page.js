@@ -45,6 +45,8 @@
     if (!drawn.includes(id)) drawn.push(id);
   }
 
+  const withData = (traces) => traces.filter((trace) => trace.x.length > 0); // or the legend names what is not there
+
   // ---- packed arrays
 
   const KINDS = { f4: Float32Array, i4: Int32Array, u1: Uint8Array };
@@ -298,7 +300,7 @@
     const row = Number($("layer-layer").value);
     const metric = $("metric").value;
     const groups = kept ? ["kept", "removed"] : [""];
-    draw("layer", groups.map((group) => layerTrace(group, metric, row)), layerLayout(metric, row));
+    draw("layer", withData(groups.map((group) => layerTrace(group, metric, row))), layerLayout(metric, row));
   }
 
   function layer() {
@@ -328,7 +330,7 @@
   function redrawScatter() {
     const it = data.scatter;
     const row = Number($("scatter-layer").value);
-    draw("scatter", FATES.map((_, kind) => scatterTrace(it, row, kind)), {
+    draw("scatter", withData(FATES.map((_, kind) => scatterTrace(it, row, kind))), {
       height: 460, margin: { l: 64, r: 16, t: 28, b: 48 }, legend: ABOVE, ...CLEAR,
       xaxis: { title: { text: `${it.metric} in A` }, rangemode: "tozero" },
       yaxis: { title: { text: `${it.metric} in B` }, rangemode: "tozero" },
