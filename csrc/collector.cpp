@@ -4,47 +4,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <set>
 
 namespace reap {
-
-namespace {
-
-const ggml_tensor * root_of(const ggml_tensor * t) {
-    return t->view_src ? t->view_src : t;
-}
-
-// The ids that an expert output was computed with. A per-expert scale puts a MUL after the MUL_MAT_ID; a bias an ADD_ID.
-const ggml_tensor * ids_of(const ggml_tensor * output) {
-    switch (output->op) {
-        case GGML_OP_MUL_MAT_ID:
-        case GGML_OP_ADD_ID:
-            return output->src[2];
-        case GGML_OP_MUL:
-            return output->src[0]->op == GGML_OP_MUL_MAT_ID ? output->src[0]->src[2] : nullptr;
-        default:
-            return nullptr;
-    }
-}
-
-// Whether a node multiplies with the down projection of the routed experts (GroveMoE's adjugate ones are "_chexps").
-bool multiplies_experts(const ggml_tensor * node) {
-    for (const ggml_tensor * t = node; t != nullptr; t = t->src[0]) {
-        if (t->op == GGML_OP_MUL_MAT_ID) {
-            return std::string_view(t->src[0]->name).find("ffn_down_exps") != std::string_view::npos;
-        }
-        if (t->op != GGML_OP_MUL && t->op != GGML_OP_ADD_ID) {
-            return false;
-        }
-    }
-    return false;
-}
-
-std::string in_layer(int layer) {
-    return "layer " + std::to_string(layer) + ": ";
-}
-
-}  // namespace
 
 bool Collector::callback(ggml_tensor * node, bool ask, void * self) {
     auto & collector = *static_cast<Collector *>(self);
@@ -80,7 +41,7 @@ bool Collector::mask(ggml_tensor * node) {
 
 bool Collector::on_ask(ggml_tensor * node) {
     if (mode_ == Mode::Survey) {
-        survey(node);
+        graph_.add(node);
         return false;
     }
     if (!abandoned_ && node->name == first_node_) {
@@ -192,140 +153,26 @@ void Collector::gather(const LayerPlan & plan, LayerState & state, const ggml_te
     state.done = true;
 }
 
-void Collector::survey(ggml_tensor * node) {
-    Seen seen{node->name, node, root_of(node), {}};
-    for (const ggml_tensor * source : node->src) {
-        if (source != nullptr) {
-            seen.read_roots.push_back(root_of(source));
-        }
-    }
-    seen_.push_back(std::move(seen));
-}
-
 void Collector::begin_survey() {
     mode_ = Mode::Survey;
-    seen_.clear();
+    graph_.clear();
     abandoned_ = false;
     error_ = nullptr;
 }
 
 void Collector::end_survey(const std::vector<int> & layers, size_t n_experts) {
     mode_ = Mode::Idle;
-    if (seen_.empty()) {
+    if (graph_.is_empty()) {
         throw EngineError("the engine computed nothing");
     }
-    first_node_ = seen_.front().name;
-    hidden_node_ = keep_hidden_ ? find_hidden() : "";
-    plans_.clear();
+    first_node_ = graph_.first_node();
+    hidden_node_ = keep_hidden_ ? graph_.hidden_node() : "";
     states_.clear();
-    std::set<int> expected(layers.begin(), layers.end());
-    for (const Seen & seen : seen_) {
-        const NodeName name = parse_node_name(seen.name);
-        if (name.role == Role::None) {
-            continue;
-        }
-        if (expected.count(name.layer) == 0) {
-            throw UnsupportedError(in_layer(name.layer) + "the engine runs experts (" + seen.name + ") that the model's file does not show");
-        }
-        if (name.role == Role::Output) {
-            last_layer_ = name.layer;
-            plans_[name.layer];
-        }
-    }
-    for (size_t row = 0; row < layers.size(); ++row) {
-        if (plans_.count(layers[row]) == 0) {
-            throw UnsupportedError(in_layer(layers[row]) + "the model's file has experts, but the engine's graph never runs them");
-        }
-        plans_[layers[row]] = plan_layer(layers[row]);
-        plans_[layers[row]].row = row;
-    }
+    plans_ = graph_.plan(layers);
+    last_layer_ = graph_.last_layer();
     saliency_ = std::make_unique<Saliency>(layers.size(), n_experts);
     units_ = 0;
-    seen_.clear();
-}
-
-std::string Collector::find_hidden() const {
-    for (const std::string_view name : PREDICTION_INPUTS) {
-        if (std::any_of(seen_.begin(), seen_.end(), [&](const Seen & seen) { return seen.name == name; })) {
-            return std::string(name);
-        }
-    }
-    throw UnsupportedError("the graph shows no hidden states that a prediction block could be fed with");
-}
-
-// The nodes (indices of seen_) of the layer's block of routed experts: from its ids to the next ids of the same layer.
-std::vector<size_t> Collector::routing_block(int layer) const {
-    std::vector<std::vector<size_t>> blocks;
-    for (size_t i = 0; i < seen_.size(); ++i) {
-        const NodeName name = parse_node_name(seen_[i].name);
-        if (name.role == Role::None || name.layer != layer) {
-            continue;
-        }
-        if (name.role == Role::Ids) {
-            blocks.emplace_back();
-        }
-        if (!blocks.empty()) {
-            blocks.back().push_back(i);
-        }
-    }
-    std::vector<size_t> found;
-    for (const auto & block : blocks) {
-        const bool routed = std::any_of(block.begin(), block.end(), [&](size_t i) {
-            return parse_node_name(seen_[i].name).role == Role::Output && multiplies_experts(seen_[i].tensor);
-        });
-        if (routed && !found.empty()) {
-            throw UnsupportedError(in_layer(layer) + "runs its experts more than once, which reap cannot tell apart");
-        }
-        if (routed) {
-            found = block;
-        }
-    }
-    if (found.empty()) {
-        throw UnsupportedError(in_layer(layer) + "found no ids that the experts are selected by");
-    }
-    if (found.front() != blocks.front().front()) {
-        throw UnsupportedError(in_layer(layer) + "runs another block under the experts' names before them");
-    }
-    return found;
-}
-
-Collector::LayerPlan Collector::plan_layer(int layer) const {
-    LayerPlan plan;
-    const ggml_tensor * weights = nullptr;
-    size_t output = 0;
-    size_t gated = 0;
-    for (const size_t i : routing_block(layer)) {
-        const NodeName name = parse_node_name(seen_[i].name);
-        if (name.role == Role::Weights) {
-            weights = seen_[i].tensor;
-            plan.weights = name.kind;
-        } else if (name.role == Role::Output) {
-            output = i;
-            plan.output = name.kind;
-        } else if (name.role == Role::Gated) {
-            gated = i;
-        }
-    }
-    if (weights == nullptr || gated == 0) {
-        throw UnsupportedError(in_layer(layer) + "found experts without " + (weights == nullptr ? "a gate" : "a product with their gate"));
-    }
-    const ggml_tensor * ids = ids_of(seen_[output].tensor);
-    plan.stop_at_ids = ids == nullptr || !read_later(ids, output);
-    plan.stop_at_weights = !read_later(weights, output);
-    plan.gate_in_norm = gated < output;
-    return plan;
-}
-
-// True where the tensor's memory is read by the node at `stop` or by one after it, so that its values are whole at that stop.
-bool Collector::read_later(const ggml_tensor * tensor, size_t stop) const {
-    const ggml_tensor * root = root_of(tensor);
-    for (size_t i = stop; i < seen_.size(); ++i) {
-        const auto & reads = seen_[i].read_roots;
-        if (std::find(reads.begin(), reads.end(), root) != reads.end()) {
-            return true;
-        }
-    }
-    return false;
+    graph_.clear();
 }
 
 void Collector::begin_batch(const int32_t * groups, size_t n_tokens) {

@@ -1,9 +1,8 @@
 // The eval callback: looks at the nodes of llama.cpp's graph as they pass, stops after each layer's experts, pairs the three
 // tensors of a routing and feeds the saliency sums. No I/O, no maths.
 //
-// A graph is learnt once, from a survey pass that stops nowhere: which nodes carry a layer's ids, gates and outputs in their last
-// form, and whether ids and gates still hold their values when the output has been computed (the allocator reuses memory after
-// a tensor's last reader). Where they do not, the collector stops at them as well.
+// A graph is learnt once, from a survey pass that stops nowhere (moe_graph). Where ids or gates no longer hold their values when the
+// output has been computed, the collector stops at them as well.
 #pragma once
 
 #include "ggml.h"
@@ -70,24 +69,6 @@ class Collector {
   private:
     enum class Mode { Idle, Survey, Collect };
 
-    // What the survey remembers of a node: names and identities, never values.
-    struct Seen {
-        std::string         name;
-        const ggml_tensor * tensor;
-        const ggml_tensor * root;  // whose memory it is
-        std::vector<const ggml_tensor *> read_roots;
-    };
-
-    // How one layer's routing is read.
-    struct LayerPlan {
-        size_t      row = 0;  // in the sums
-        std::string output;   // the kind of the expert output's last form
-        std::string weights;  // the kind of the gate's last form
-        bool        stop_at_ids = false;
-        bool        stop_at_weights = false;
-        bool        gate_in_norm = false;  // the gate multiplies the experts' input
-    };
-
     // One layer in the graph under way.
     struct LayerState {
         const ggml_tensor *  weights = nullptr;
@@ -103,15 +84,10 @@ class Collector {
     bool on_ask(ggml_tensor * node);
     void begin_graph();
     bool on_stop(ggml_tensor * node);
-    void survey(ggml_tensor * node);
-    std::string find_hidden() const;
-    std::vector<size_t> routing_block(int layer) const;
-    LayerPlan plan_layer(int layer) const;
-    bool read_later(const ggml_tensor * tensor, size_t stop) const;
     void gather(const LayerPlan & plan, LayerState & state, const ggml_tensor * output);
 
     Mode mode_ = Mode::Idle;
-    std::vector<Seen>         seen_;
+    MoeGraph                  graph_;  // as the survey sees it
     std::string               first_node_;  // with it, a graph begins
     std::string               hidden_node_;  // what is kept for a prediction block; empty: nothing
     std::map<int, LayerPlan>  plans_;

@@ -1,33 +1,62 @@
-// What the nodes of a MoE layer are called in llama.cpp's graphs: the only home of the "ffn_moe_*" names.
-// Read in llama_graph_context::build_moe_ffn (src/llama-graph.cpp) of the pinned tree.
+// What a pass through a model's graph shows of its MoE layers: which nodes carry a layer's ids, gates and outputs in their last form,
+// and whether ids and gates still hold their values when the output has been computed (the allocator reuses memory after a tensor's
+// last reader).
 #pragma once
 
-#include <string_view>
+#include "ggml.h"
+#include "node_names.h"
+
+#include <map>
+#include <string>
+#include <vector>
 
 namespace reap {
 
-enum class Role {
-    None,
-    Ids,      // the selected experts, [n_used, n_tokens], often a strided view
-    Weights,  // a form of the gate; the last one multiplies the expert's output
-    Output,   // a form of the expert's output, [n_embd, n_used, n_tokens]; the last one is what the gate multiplies
-    Gated,    // the product with the gate: of the output, or (Llama-4) of the experts' input
-    Scores,     // a form of the router's values, [n_experts, n_tokens]; all that routes comes from the first one
-    Selection,  // those values with a bias that selects and does not weigh, [n_experts, n_tokens]
+// How one layer's routing is read.
+struct LayerPlan {
+    size_t      row = 0;  // in the sums
+    std::string output;   // the kind of the expert output's last form
+    std::string weights;  // the kind of the gate's last form
+    bool        stop_at_ids = false;
+    bool        stop_at_weights = false;
+    bool        gate_in_norm = false;  // the gate multiplies the experts' input
 };
 
-// The hidden states that a multi-token-prediction block is fed with, [n_embd, n_tokens], in the graph of the layers before it. Where they
-// are the output norm's result as well, that later name is the one the node keeps.
-inline constexpr std::string_view PREDICTION_INPUTS[] = {"h_nextn", "result_norm"};
+// The ids that an expert output was computed with. A per-expert scale puts a MUL after the MUL_MAT_ID; a bias an ADD_ID.
+const ggml_tensor * ids_of(const ggml_tensor * output);
 
-struct NodeName {
-    Role role = Role::None;
-    int  layer = -1;
-    // the name before the layer's number, "ffn_moe_weights_norm" say; points into what was parsed
-    std::string_view kind;
+class MoeGraph {
+  public:
+    void clear();
+    // A node as it passes by.
+    void add(const ggml_tensor * node);
+
+    bool is_empty() const { return seen_.empty(); }
+    // With it, a graph begins.
+    const std::string & first_node() const { return seen_.front().name; }
+    // How each of `layers` is read, which are the MoE layers of the model's file, ascending. UnsupportedError where the graph has others, or
+    // runs them in a way that reap cannot read.
+    std::map<int, LayerPlan> plan(const std::vector<int> & layers);
+    // The last to run, once they are planned.
+    int last_layer() const { return last_layer_; }
+    // The hidden states that a prediction block is fed with. UnsupportedError where there are none.
+    std::string hidden_node() const;
+
+  private:
+    // What is remembered of a node: names and identities, never values.
+    struct Seen {
+        std::string         name;
+        const ggml_tensor * tensor;
+        const ggml_tensor * root;  // whose memory it is
+        std::vector<const ggml_tensor *> read_roots;
+    };
+
+    std::vector<size_t> routing_block(int layer) const;
+    LayerPlan plan_layer(int layer) const;
+    bool read_later(const ggml_tensor * tensor, size_t stop) const;
+
+    std::vector<Seen> seen_;
+    int               last_layer_ = -1;
 };
-
-// Parses a whole name, `role-layer` and nothing after it: views inherit names ("ffn_moe_weights-3 (reshaped)").
-NodeName parse_node_name(std::string_view name);
 
 }  // namespace reap

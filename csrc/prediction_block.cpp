@@ -9,10 +9,6 @@ namespace reap {
 
 namespace {
 
-std::string in_layer(int layer) {
-    return "layer " + std::to_string(layer) + ": ";
-}
-
 UnsupportedError cannot_run(int layer, const std::exception & error) {
     return UnsupportedError(in_layer(layer) + "the engine cannot run its prediction block; without its prediction layers the model can be profiled (" +
                             error.what() + ")");

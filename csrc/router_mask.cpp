@@ -11,10 +11,6 @@ namespace reap {
 
 namespace {
 
-std::string in_layer(int layer) {
-    return "layer " + std::to_string(layer) + ": ";
-}
-
 // Whether a node hands on the −inf of a masked source as it is, whatever its other source holds: a bias is added, or some of the tokens
 // are picked.
 bool hands_on(const ggml_tensor * tensor, const std::vector<const ggml_tensor *> & masked) {

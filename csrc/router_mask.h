@@ -6,7 +6,7 @@
 #pragma once
 
 #include "ggml.h"
-#include "moe_graph.h"
+#include "node_names.h"
 
 #include <cstddef>
 #include <cstdint>

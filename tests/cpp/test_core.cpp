@@ -3,7 +3,7 @@
 #include "check.h"
 #include "collector.h"
 #include "errors.h"
-#include "moe_graph.h"
+#include "node_names.h"
 #include "router_mask.h"
 #include "saliency.h"
 #include "tensor_read.h"

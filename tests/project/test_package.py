@@ -342,8 +342,8 @@ def test_only_the_command_line_prints_or_exits() -> None:
 
 
 NATIVE_RANKS = [
-    {"assertion_guard", "errors", "free_memory", "log_sink", "moe_graph"},
-    {"devices", "memory_guard", "quantizer", "saliency", "tensor_read"},
+    {"assertion_guard", "errors", "free_memory", "log_sink", "node_names"},
+    {"devices", "memory_guard", "moe_graph", "quantizer", "saliency", "tensor_read"},
     {"big_stack", "router_mask", "session_options"},
     {"collector", "tokenizer"},
     {"context"},
@@ -352,7 +352,7 @@ NATIVE_RANKS = [
     {"casts", "generation", "scoring", "vocabulary"},
     {"bindings"},
 ]
-KNOWS_NO_ENGINE = {"big_stack", "bindings", "casts", "errors", "free_memory", "memory_guard", "moe_graph", "saliency"}
+KNOWS_NO_ENGINE = {"big_stack", "bindings", "casts", "errors", "free_memory", "memory_guard", "node_names", "saliency"}
 
 
 def test_native_includes_point_downwards() -> None:

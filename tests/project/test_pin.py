@@ -103,7 +103,7 @@ def test_a_new_form_of_the_gate_is_named(tree: Path) -> None:
         'cb(weights, "ffn_moe_weights_scaled", il);\n cb(weights, "ffn_moe_weights_sharpened", il);',
     )
     assert found_in(tree) == [
-        "llama.cpp's graph has a node 'ffn_moe_weights_sharpened': ids, a gate or an output that csrc/moe_graph.cpp"
+        "llama.cpp's graph has a node 'ffn_moe_weights_sharpened': ids, a gate or an output that csrc/node_names.cpp"
         " does not know"
     ]
 

@@ -104,7 +104,7 @@ def _node_problems(facts: Facts) -> list[str]:
     return [
         *gone,
         *(
-            f"llama.cpp's graph has a node {name!r}: ids, a gate or an output that csrc/moe_graph.cpp does not know"
+            f"llama.cpp's graph has a node {name!r}: ids, a gate or an output that csrc/node_names.cpp does not know"
             for name in new
         ),
     ]
