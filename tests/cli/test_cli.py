@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -506,6 +507,11 @@ def test_profile_plan_prune_evaluate(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["plan", names["p.json"], "--keep", "0.5", "--blend", "maxmin", "-o", names["plan.json"]]) == 0
     assert main(["prune", names["m.gguf"], "--plan", names["plan.json"], "-o", names["small.gguf"]]) == 0
     assert reap.inspect(names["small.gguf"]).n_experts == 4
+    odd = tmp_path / os.fsdecode(b"caf\xff.gguf")  # a name that is not UTF-8
+    odd.symlink_to(names["small.gguf"])
+    figures = tmp_path / "e.json"
+    assert main(["evaluate", str(odd), names["c.jsonl"], "-c", "16", "-t", "1", "-o", str(figures)]) == 0
+    assert json.loads(figures.read_text())["model"] == str(odd)
     again = ["profile", names["small.gguf"], names["c.jsonl"], "-o", names["p.json"], "-c", "32", "-t", "1"]
     assert main(again) == 2  # the profile of the whole model is there
     assert main([*again, "--force"]) == 0

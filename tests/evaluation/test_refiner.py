@@ -241,6 +241,14 @@ def test_too_little_is_said_with_what_would_do() -> None:
     assert sentence == "5 passes over the text do not reach every layer once; about 23 do"
 
 
+def test_a_preparation_longer_than_the_time_is_said_before_it_begins() -> None:
+    needs = Needs(seconds_per_window=0.5, n_layers=4, n_windows=500)
+    [_, sentence] = needs.shortcomings(3.0, math.inf, elapsed=2.0)
+    assert sentence.startswith("it will take about 42 s instead of 3 s: to open the model, to run all of it on 64 win")
+    assert len(list(needs.shortcomings(45.0, math.inf, elapsed=2.0))) == 1
+    assert len(list(needs.shortcomings(3.0, 1.0))) == 1  # passes count, not time
+
+
 def test_time_is_spent_on_enough_windows_first() -> None:
     needs = Needs(seconds_per_window=0.5, n_layers=4, n_windows=500)
     assert needs.affordable(10.0) == ENOUGH_WINDOWS

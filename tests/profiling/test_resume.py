@@ -87,6 +87,12 @@ def test_a_domain_without_a_counted_token(tmp_path: Path) -> None:
     assert [group["domain"] for group in json.loads((tmp_path / "r").read_text())["groups"]] == ["a"]
 
 
+def test_a_run_that_counted_nothing_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    pairs = [{"prompt": "abcd", "response": "e"}] * 3
+    assert not run(pairs, keeper(tmp_path / "r"), mask="response", max_tokens=3).groups
+    assert not (tmp_path / "r").exists()
+
+
 def test_failures_are_counted_against_successes() -> None:
     bad = {"tokens": [ord("X")]}
     with pytest.raises(EngineError, match=r"sample 11: .* \(and so did 9 of the 10 samples before it\)"):
@@ -226,6 +232,19 @@ def test_random_damage_is_an_error_of_ours(tmp_path: Path) -> None:
             run(LINES, keeper(path))
 
 
+def test_no_figure_can_change_unseen(tmp_path: Path) -> None:
+    path = tmp_path / "run.resume"
+    left_by_a_stop(path)
+    whole = path.read_bytes()
+    digits = [at for at, byte in enumerate(whole) if chr(byte).isdigit()]
+    for at in random.Random(1).sample(digits, 250):
+        data = bytearray(whole)
+        data[at] = ord("1") + (data[at] - ord("1") + 1) % 9
+        path.write_bytes(data)
+        with pytest.raises((FormatError, MismatchError), match=r"run\.resume"):
+            keeper(path)
+
+
 def test_a_resume_file_lies_beside_the_output(tmp_path: Path) -> None:
     assert beside(tmp_path / "p.json") == tmp_path / "p.json.resume"
     assert beside("/dev/null") is None
@@ -238,7 +257,9 @@ def test_a_disk_that_is_full_does_not_end_a_run(tmp_path: Path) -> None:
     with pytest.warns(ReapWarning, match="cannot be written.*; the run goes on without it") as warned:
         assert total(run(LINES, keeping)) == 60
     assert len(warned) == 1
+    (tmp_path / "folder").mkdir()
     keeping = keeper(tmp_path / "folder" / "r", seconds=1e9)
+    os.rmdir(tmp_path / "folder")
     with pytest.raises(Interrupted, match=r"stopped after 4 samples, which could not be kept \(.*cannot be written"):
         run(LINES, keeping, stop_after(2))
 

@@ -16,6 +16,7 @@ import reap
 from gguf import GGMLQuantizationType, GGUFValueType
 from helpers.identity_models import N_EXPERTS, model_with, routers
 from helpers.profiles import random_sums
+from reap.cli import main
 from reap.cli.app import app
 from reap.errors import MismatchError, ReapWarning
 from reap.gguf.model_info import inspect
@@ -55,6 +56,25 @@ def test_a_plan_serves_every_quantisation_of_the_routers(model: Path, tmp_path: 
     report = reap.prune(other, tmp_path / "small.gguf", made.save(tmp_path / "plan.json"))
     assert not [warning for warning in report.warnings if "router" in warning]
     assert "reap.mismatch" not in (inspect(tmp_path / "small.gguf").provenance or {})
+
+
+def test_who_gave_a_profile_is_told_of_a_profile(
+    model: Path, permuted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_other, text = tmp_path / "p.json", tmp_path / "t.jsonl"
+    profile_of(permuted).save(of_other)
+    text.write_text('{"tokens": [1, 2, 3]}\n')
+    calls: list[list[Any]] = [
+        ["sweep", model, of_other, text],
+        ["plan", of_other, "--keep", 4, "--refine", "1s", "--model", model, "--text", text],
+        ["plan", of_other, "--keep", 4, "--model", model],
+        ["prune", model, "--profile", of_other, "--keep", 4, "-o", tmp_path / "x.gguf"],
+    ]
+    for call in calls:
+        assert main([str(word) for word in call]) == 2
+        assert "the profile is of a model (tiny) other than " in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(MismatchError, match="the profile is of a model"):
+        reap.sweep(model, of_other, text)
 
 
 def test_permuted_routers_are_refused_by_prune(model: Path, permuted: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 import reap
 from helpers.gguf_builder import build_moe
+from helpers.identity_models import N_EXPERTS, bf16, model_with, routers
 from helpers.profiles import make_profile
 from reap.errors import FormatError, MismatchError, UsageError
 from reap.evaluation.sweep_table import SweepRow
@@ -126,3 +128,63 @@ def test_strangers_texts_stay_words(source: Path, tmp_path: Path) -> None:
     assert text.count("\n---\n") == 1
     assert 'base_model: "a\\"\\nlicense: \\"x"' in text
     assert escape("a_b | c\nd") == "a\\_b \\| c d"
+
+
+def profile_with_routers(path: Path) -> Profile:
+    info = reap.inspect(path)
+    return make_profile(1, layers=info.moe_layers, n_experts=info.n_experts, model=info.record())
+
+
+def sweep_of(profile: Profile) -> reap.Sweep:
+    row = SweepRow(
+        metric="baseline", keep=N_EXPERTS, perplexity=9.0, seed=None, bytes=1, domain=None, tokens=1,
+        stderr=1.0, kl_mean=0.0, top1=1.0, loss_increase=0.0, loss_increase_stderr=0.0,
+    )  # fmt: skip
+    return reap.Sweep(rows=(row,), model=dict(profile.model))
+
+
+def test_siblings_with_one_fingerprint_are_told_apart_by_their_routers(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "source.gguf", routers())
+    half = model_with(tmp_path / "half.gguf", [bf16(rows) for rows in routers()])
+    siblings = [
+        model_with(tmp_path / "sibling.gguf", routers(seed=77)),
+        model_with(tmp_path / "permuted.gguf", [rows[::-1].copy() for rows in routers()]),
+    ]
+    small, output = tmp_path / "small.gguf", tmp_path / "card.md"
+    reap.prune(source, small, reap.plan(profile_with_routers(source), keep=4))
+    for other in (source, half):
+        profile = profile_with_routers(other)
+        reap.model_card(small, output, source=other, profile=profile, sweep=sweep_of(profile), force=True)
+    for other in siblings:
+        assert reap.inspect(other).fingerprint == reap.inspect(source).fingerprint
+        profile = profile_with_routers(other)
+        for given in ({"source": other}, {"profile": profile}, {"sweep": sweep_of(profile)}):
+            with pytest.raises(MismatchError, match="was pruned from: the routers of 2 of 2 layers differ"):
+                reap.model_card(small, output, **given, force=True)  # type: ignore[arg-type]
+
+
+def test_the_checkpoint_s_profile_is_known_by_its_routers(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "source.gguf", routers())
+    of_file = profile_with_routers(source)
+    shared = {"routers": of_file.model["routers"], "fingerprint": f"hf-sha256:{'ab' * 32}"}
+    of_checkpoint = replace(of_file, model={**shared, "n_experts_used": of_file.model["n_experts_used"]})
+    reap.prune(source, tmp_path / "small.gguf", reap.plan(of_checkpoint, keep=4))
+    reap.model_card(tmp_path / "small.gguf", tmp_path / "card.md", profile=of_checkpoint)
+    sibling = model_with(tmp_path / "sibling.gguf", routers(seed=77))
+    other = replace(of_checkpoint, model={**shared, "routers": profile_with_routers(sibling).model["routers"]})
+    with pytest.raises(MismatchError, match="the routers of"):
+        reap.model_card(tmp_path / "small.gguf", tmp_path / "card.md", profile=other, force=True)
+
+
+def test_a_file_cut_by_another_model_s_profile_says_so_on_its_card_and_page(tmp_path: Path) -> None:
+    source = model_with(tmp_path / "source.gguf", routers())
+    other = model_with(tmp_path / "sibling.gguf", routers(seed=77))
+    profile = profile_with_routers(other)
+    reap.prune(source, tmp_path / "small.gguf", reap.plan(profile, keep=4), allow_mismatch=True)
+    card = reap.model_card(tmp_path / "small.gguf", tmp_path / "card.md", source=source, profile=profile)
+    assert "**The experts were chosen by a profile of another model**: the routers of 2 of 2" in card.read_text()
+    both = reap.merge([replace(profile_with_routers(source), calibration={}), profile], allow_mismatch=True)
+    reap.report(both, tmp_path / "page.html", model=other)  # of no model alone, as the profile says
+    with pytest.raises(MismatchError) as error:
+        reap.report(profile, tmp_path / "page.html", model=source, force=True)
+    assert "allow-mismatch" not in str(error.value)  # which `reap report` does not have

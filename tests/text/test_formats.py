@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -28,7 +29,7 @@ from hypothesis import strategies as st
 from helpers.byte_tokenizer import ByteTokenizer, text_of
 from reap.errors import CalibrationError, UsageError
 from reap.scores.plan import PrunePlan
-from reap.text.evaluation_text import text_files
+from reap.text.evaluation_text import read_evaluation_text, text_files
 from reap.text.lines import BadLine
 from reap.text.samples import Sample, SampleReader
 from reap.text.shapes import KEYS, parse_sample
@@ -762,10 +763,50 @@ def test_streams_of_one_file_follow_one_another(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said_before_a_model_is_loaded() -> None:
-    for place, hint in (("https://a.b/c.jsonl", "is a URL"), ("Qwen/calibration", "name on the Hugging Face hub")):
+    for place, hint in (("https://a.b/c.jsonl", "is a URL"), ("Qwen/calibration", "on the Hugging Face hub")):
         with pytest.raises(UsageError, match=hint):
             Calibration(place, ctx_size=64).check()
         with pytest.raises(UsageError, match=hint):
             text_files(place)
         with pytest.raises(UsageError, match=hint):
             PrunePlan.load(place)
+
+
+REAP_FILES = [(f'{{"format": "reap.{name}", "version": 1,\n "x": []}}', said) for name, said in (
+    ("profile", "a profile of reap"), ("plan", "a plan of reap"), ("sweep", "a sweep of reap"),
+    ("resume", "a file that an interrupted run resumes from"), ("sweep.resume", "a file that an interrupted run"),
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        *REAP_FILES,
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n", "a Git LFS pointer"),
+        (b"\x10\0\0\0\0\0\0\0{" + b" " * 40, "a safetensors file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.json", "x.txt", "x"])
+def test_other_files_of_a_folder_are_named(content: str | bytes, said: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    path = tmp_path if "." in name else tmp_path / name  # of a folder the files with a suffix of data are read
+    with pytest.raises(CalibrationError, match=f"{re.escape(name)}: is {said}"):
+        list(Calibration(path, ctx_size=8).windows(ByteTokenizer()))
+    with pytest.raises(CalibrationError, match=f"{re.escape(name)}: is {said}"):
+        read_evaluation_text(path, ByteTokenizer(), 8)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_what_comes_before_the_damage_is_read(suffix: str, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    lines = "".join(json.dumps({"text": f"{rng.random()} {rng.random()}"}) + "\n" for _ in range(3000))
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    whole = pack(lines.encode())
+    path = tmp_path / f"c.jsonl{suffix}"
+    path.write_bytes(whole[: len(whole) - 200] if suffix != ".bz2" else pack(lines[:60000].encode()) + whole[:200])
+    found: list[int] = []
+    windows = Calibration(path, ctx_size=512).windows(ByteTokenizer())
+    with pytest.raises(CalibrationError, match="end too early"):
+        found.extend(window.sample for window in windows)
+    assert len(found) > 1000

@@ -26,8 +26,10 @@ from reap.cli.next_step import remember
 from reap.cli.options import READS, RESUMES, WRITES, WRITES_FOLDER, PathRole, split_list
 from reap.cli.show import be_quiet
 from reap.engine.options import EngineArguments, EngineField, Listed, Whole, Word, engine_fields
+from reap.errors import UsageError
 from reap.files.atomic import check_distinct, check_outputs
 from reap.files.atomic_directory import check_apart
+from reap.files.recognise import url_of
 from reap.gguf.shards import model_paths
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
@@ -135,6 +137,8 @@ class Command:
         for parameter in self.parameters:
             if parameter.role is not None:
                 paths[parameter.role] += _paths_in(values.get(parameter.name))
+        for role, named in paths.items():
+            _refuse_urls(role, named)
         for directory in paths[WRITES_FOLDER]:
             check_apart(directory, paths[READS])
         inputs = [file for path in paths[READS] for file in model_paths(path)]  # of a split model all its files
@@ -196,6 +200,13 @@ def _paths_in(value: Any) -> list[Path]:
 def _path_of(text: str) -> Path:
     domain, found, path = text.partition("=")
     return Path(path if found and domain.isidentifier() and not Path(text).exists() else text)
+
+
+def _refuse_urls(role: PathRole | None, paths: list[Path]) -> None:
+    for path in paths:
+        if url := url_of(path):
+            what = "download it, and give the file's path" if role is READS else "an output is a file on this machine"
+            raise UsageError(f"{url} is a URL: {what}")
 
 
 # ---- the engine's options

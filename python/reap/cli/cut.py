@@ -155,7 +155,9 @@ def plan(
         if profile is None:
             raise UsageError("Missing argument PROFILE.json: a profile to plan by (or --sweep SWEEP.json)")
         measured = reap.Profile.load(profile)
-        run = {"output": output, "resume": resume, "allow_mismatch": allow_mismatch, **engine}
+        run = {"output": output, "resume": resume, "force": force, "allow_mismatch": allow_mismatch, **engine}
+        if model is not None:
+            _check_profile(model, measured, allow_mismatch)
         made = _made_plan(measured, selection, search, model, run)
     from reap.pruning.gguf import size_after
 
@@ -191,6 +193,12 @@ def _winner_of(
     measured = reap.Profile.load(profile) if profile is not None else profile_of(table, sweep.parent)
     keep = None if selection.keep is None else parse_keep(selection.keep)
     return measured, winning_plan(table, measured, keep=keep)
+
+
+def _check_profile(model: Path, profile: Profile, allow_mismatch: bool) -> None:
+    from reap.pruning.compatibility import check_profile  # which takes numpy along
+
+    check_profile(reap.inspect(model), profile, allow_mismatch=allow_mismatch)
 
 
 def _made_plan(
@@ -319,6 +327,8 @@ def prune(
     if matrix.imatrix_out is not None and matrix.imatrix is None:
         raise UsageError("--imatrix-out needs --imatrix")
     chosen = choice.choose()
+    if choice.profile is not None:
+        _check_profile(model, reap.Profile.load(choice.profile), allow_mismatch)
     if hf is not None:
         from reap.hf import compare_with_gguf
 

@@ -40,7 +40,7 @@ from reap.cli.sweep_text import print_next_plans, print_sweep
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
 from reap.errors import ReapError
 from reap.files.atomic import write_whole
-from reap.files.formatting import bytes_text
+from reap.files.formatting import bytes_text, shortened_list
 
 if TYPE_CHECKING:
     from reap.evaluation.result import Evaluation
@@ -168,13 +168,15 @@ def evaluate(
     _keep(result, output, force=force)
     if json:
         return print_json(result.to_dict())
+    if any(path.is_dir() for path in text):
+        say(f"The text is of {len(result.text):,} files: {shortened_list(result.text)}.")
     print_evaluation(result)
     _next_after_evaluate(model, reference, plan, output)
 
 
 def _keep(result: Evaluation | TaskEvaluation, output: Path | None, *, force: bool) -> None:
     if output is not None:
-        write_whole(output, json_text(result.to_dict()).encode(), force=force)
+        write_whole(output, json_text(result.to_dict()).encode("utf-8", "backslashreplace"), force=force)
 
 
 def _next_after_evaluate(model: Path, reference: Path | None, plan: Path | None, output: Path | None) -> None:
@@ -282,7 +284,8 @@ def sweep(
     While it runs the output holds the rows so far; without one they are printed when it is stopped.
     """
     check_resumable(output, force=force, resume=resume)
-    more: dict[str, Any] = {**candidates.arguments(), **engine, "resume": resume, "allow_mismatch": allow_mismatch}
+    more: dict[str, Any] = {**candidates.arguments(), **engine, "resume": resume, "force": force}
+    more["allow_mismatch"] = allow_mismatch
     try:
         with progress_bar("sweeping") as progress:
             table = reap.sweep(model, profile, text, output=output, max_tokens=max_tokens, progress=progress, **more)

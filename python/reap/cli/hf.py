@@ -146,14 +146,14 @@ def prune(
     json: Json = False,
 ) -> None:
     """Write a checkpoint without the experts that a plan removes; needs no PyTorch."""
-    chosen = choice.choose()
+    chosen = choice.arguments()
     if gguf is not None:
         hf.compare_with_gguf(checkpoint_dir, gguf, drop_prediction=drop_mtp)
     with progress_bar("writing") as progress:
         report = hf.prune(
             checkpoint_dir,
             output,
-            chosen,
+            **chosen,
             force=force,
             dry_run=dry_run,
             verify=verify,  # type: ignore[arg-type]  # any other word is refused there

@@ -268,23 +268,32 @@ class PlanChoice:
         ),
     ] = None
 
+    def arguments(self) -> dict[str, Any]:
+        """As `hf.prune` takes it. UsageError where it is not one of the two."""
+        if self.plan is not None and not (self.profile or self.keep or self.metric):
+            return {"plan": self.plan}
+        if self.plan is None and self.profile is not None and self.keep is not None:
+            metric = parse_metric(self.metric) or "reap"
+            return {"profile": self.profile, "keep": parse_keep(self.keep), "metric": metric}
+        raise UsageError("give either --plan, or --profile and --keep (and --metric)")
+
     def choose(self) -> PrunePlan | Path:
         """What was asked for. UsageError where it is not one of the two."""
         import reap
 
-        if self.plan is not None and not (self.profile or self.keep or self.metric):
-            return self.plan
-        if self.plan is None and self.profile is not None and self.keep is not None:
-            return reap.plan(self.profile, keep=parse_keep(self.keep), metric=parse_metric(self.metric) or "reap")
-        raise UsageError("give either --plan, or --profile and --keep (and --metric)")
+        given = self.arguments()
+        return given["plan"] if "plan" in given else reap.plan(**given)
 
 
 def check_resumable(output: Path | None, *, force: bool, resume: bool) -> None:
-    """UsageError where an output exists and neither --force nor --resume says that it may be replaced."""
+    """UsageError where an output exists and neither --force nor --resume, with something to go on from, says that it
+    may be replaced."""
+    from reap.evaluation.resume_file import resume_path  # which takes numpy along
+
     if resume and output is None:
         raise UsageError("--resume goes on from the file beside --output, which is missing")
     if output is not None:
-        check_outputs([output], force=force or resume)
+        check_outputs([output], force=force or (resume and resume_path(output).exists()))
 
 
 # ---- values

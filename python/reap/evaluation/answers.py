@@ -186,13 +186,14 @@ def generate(
     engine = EngineOptions.of(for_engine, ctx_size=GENERATION_CTX_SIZE)
     _check(max_new_tokens, seed, parallel)
     the_plan = None if plan is None else PrunePlan.of(plan)
+    file = None if output is None else ResumeFile(output, RESUME_FORM, resume=resume)
+    force = force or (file is not None and file.node is not None)  # --resume replaces what it goes on from
     if output is not None:
-        check_outputs([output], [model, *paths_of(prompts, plan)], force=force or resume)
+        check_outputs([output], [model, *paths_of(prompts, plan)], force=force)
     info = inspect(model)
     engine = engine.within(for_engine, info.context_length)
     if the_plan is not None:
         check_plan(info, the_plan, allow_mismatch=allow_mismatch)
-    file = None if output is None else ResumeFile(output, RESUME_FORM, resume=resume)
     source = Prompts(prompts, open_vocabulary(model), now=_moment(file), **for_prompts)
     writer = AnswerWriter(info, list(source), engine, max_new_tokens, parallel)
     for warning in writer.warnings:
@@ -212,7 +213,7 @@ def generate(
         skipped={**writer.skipped, **({"bad line": source.bad_lines} if source.bad_lines else {})},
     )
     if output is not None and file is not None:
-        write_whole(output, result.to_jsonl(), force=force or resume)
+        write_whole(output, result.to_jsonl(), force=force)
         file.remove()
     return result
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar, cast
 
 from reap.engine.options import EngineArguments
+from reap.evaluation.resume_file import ResumeFile
+from reap.files.atomic import RewrittenOutput, paths_of
+from reap.files.paths import PathLike
 from reap.scores.plan import Protect
 
 
@@ -24,15 +27,17 @@ class ChoiceArguments(PlanArguments, EngineArguments, total=False):
     """Those of `reap.plan`, those of the engine, and what to make of a profile or a file that is there already.
 
     allow_mismatch: go on with a profile or plans of another model, where layers and experts are as many; warnings say
-    what differs. resume: go on from `OUTPUT.resume`, which an interrupted call left.
+    what differs. resume: go on from `OUTPUT.resume`, which an interrupted call left, and replace the output. force:
+    replace an output that exists.
     """
 
     allow_mismatch: bool
     resume: bool
+    force: bool
 
 
 _DEFAULTS: dict[str, Any] = {"protect": (), "blend": "sum", "protect_super_experts": False, "seed": 0}
-_FLAGS = ("allow_mismatch", "resume")
+_FLAGS = ("allow_mismatch", "resume", "force")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -48,6 +53,20 @@ class Given:
     """Whether a profile of another model will do."""
     resume: bool
     """Whether to go on from the file that an interrupted call left."""
+    force: bool
+    """Whether to replace an output that exists."""
+
+    def output(
+        self, path: PathLike | None, resume_file: ResumeFile | None, inputs: Sequence[Any]
+    ) -> RewrittenOutput | None:
+        """The output that a call writes while it works; None where none was asked for.
+
+        inputs: what the call was given to read; what of it are paths no output may be. Raises UsageError.
+        """
+        if path is None:
+            return None
+        goes_on = resume_file is not None and resume_file.node is not None
+        return RewrittenOutput(path, paths_of(*inputs), force=self.force or goes_on)
 
 
 def split_options(options: ChoiceArguments, **defaults: Any) -> Given:

@@ -29,15 +29,17 @@ from reap.evaluation.resume_file import ResumeFile
 from reap.evaluation.search import Search
 from reap.evaluation.search_state import Kept, SearchState, SearchStats
 from reap.evaluation.search_windows import divide_windows
+from reap.files.atomic import RewrittenOutput
 from reap.files.paths import PathLike
 from reap.gguf.model_info import inspect
-from reap.profiling.interrupts import endings_as_interrupts
+from reap.gguf.shards import model_paths
+from reap.profiling.interrupts import endings_as_interrupts, uninterrupted
 from reap.progress import ProgressCallback
-from reap.pruning.compatibility import check_plan
+from reap.pruning.compatibility import check_plan, check_profile
 from reap.scores.plan import PrunePlan
 from reap.scores.profile import Profile
 from reap.scores.ranking import Keep
-from reap.text.evaluation_text import Text
+from reap.text.evaluation_text import Text, text_paths
 from reap.version import version
 
 if TYPE_CHECKING:
@@ -78,12 +80,13 @@ def refine(
         seconds: the budget.
         max_passes: over the text, another budget.
         metric: the only criterion to begin with; None: every one that the profile has.
-        output: a file for the plan; on Ctrl-C it gets the best choice so far.
+        output: a file for the plan; on Ctrl-C it gets the best choice so far. One that exists needs `force`.
         progress: called with seconds.
         options: allow_mismatch (go on with a profile of another model, where layers and experts are as many; the plan's
-            model["mismatch"] says what differs), resume (from `OUTPUT.resume`, which an interrupted call left); those
-            of `plan` (protect, protect_super_experts, blend, seed; with blend None each criterion begins with both
-            where the calibration has domains, and seed divides the windows as well), and of the engine.
+            model["mismatch"] says what differs), resume (from `OUTPUT.resume`, which an interrupted call left), force
+            (replace an output that exists); those of `plan` (protect, protect_super_experts, blend, seed; with blend
+            None each criterion begins with both where the calibration has domains, and seed divides the windows as
+            well), and of the engine.
 
     Returns:
         The plan. Its metric is that of the beginning and "+refined", or that of the beginning alone where nothing
@@ -107,19 +110,21 @@ def refine(
     info = inspect(model)
     engine_options = engine_options.within(given.engine, info.context_length)
     source = Profile.of(profile)
+    check_profile(info, source, allow_mismatch=given.allow_mismatch)
     plans = plain_plans(source, keep, metric, given.plan)
     if mismatch := check_plan(info, next(iter(plans.values())), allow_mismatch=given.allow_mismatch):
         warnings.warn(mismatch, ReapWarning, stacklevel=2)
         plans = {name: replace(made, model=made.model | {"mismatch": mismatch}) for name, made in plans.items()}
     file = None if output is None else ResumeFile(output, RESUME_FORMAT, resume=given.resume)
+    target = given.output(output, file, (*model_paths(model), profile, *text_paths(text)))
     ranks = mean_ranks(source, criteria(source) if metric is None else (metric,), given.plan["seed"])
     evaluator = PlanEvaluator(model, text, engine_options, allow_mismatch=given.allow_mismatch)
     budget = Budget(seconds, math.inf if max_passes is None else max_passes, progress, started=started)
     run = Refinement(evaluator, plans, ranks, budget, given.plan["seed"], file)
-    with endings_as_interrupts(), run.keeping(output):
+    with endings_as_interrupts(), run.keeping(target):
         made = run.go()
-    if output is not None:
-        made.save(output)
+    if target is not None:
+        target.save(made)
     if file is not None:
         file.remove()
     return made
@@ -178,18 +183,19 @@ class Refinement:
         return self._plan(self.search, hold_out.judge(trunk[self.order[0]], self.search.kept))
 
     @contextmanager
-    def keeping(self, output: PathLike | None) -> Iterator[None]:
+    def keeping(self, output: RewrittenOutput | None) -> Iterator[None]:
         """On Ctrl-C the best choice so far is kept where a file was asked for, and Interrupted says so."""
         try:
             yield
         except KeyboardInterrupt as stop:
             if output is None or self.search is None or self.file is None:
                 raise
-            self._plan(self.search, None).save(output)
-            self.file.save(self._last_state or self._state())
+            with uninterrupted():  # by a second Ctrl-C
+                output.save(self._plan(self.search, None))
+                self.file.save(self._last_state or self._state())
             raise Interrupted(
-                f"stopped; {output} has the best choice of experts so far, which was not judged on windows held out;"
-                f" --resume (resume=True) goes on from {self.file.path}"
+                f"stopped; {output.path} has the best choice of experts so far, which was not judged on windows held"
+                f" out; --resume (resume=True) goes on from {self.file.path}"
             ) from stop
 
     # ---- how
@@ -213,14 +219,14 @@ class Refinement:
                 saved["order"].fail(f"should name {', '.join(self.plans)}")
             self.order = names
         else:
-            self.warnings += needs.shortcomings(self.budget.seconds, self.budget.max_passes)
+            self.warnings += needs.shortcomings(self.budget.seconds, self.budget.max_passes, self.budget.elapsed)
             is_timed = self.budget.max_passes == math.inf
-            n_windows = needs.affordable(self.budget.seconds) if is_timed else needs.n_windows
+            n_windows = needs.affordable(self.budget.seconds - self.budget.elapsed) if is_timed else needs.n_windows
         for warning in self.warnings:
             warnings.warn(warning, ReapWarning, stacklevel=4)
         if n_windows < len(text.windows):
             self.evaluator.thin_text(n_windows)
-        self.evaluator.reference()
+        self.evaluator.reference(self.budget.report)
         return None if saved is None else SearchState.from_node(saved["search"])
 
     _last_state: dict[str, Any] | None = None

@@ -15,6 +15,7 @@ from reap.progress import Progress, ProgressCallback
 USEFUL_PASSES = 24  # over the text: where the time is longer than they take on few windows, more windows are used
 _START_PASSES = 3.0  # the reference, the plain criteria and the end
 _LAYER_PASSES = 1.0  # one visit to a layer
+_UNBOUNDED_PASSES = 1.25  # what is done however late it is: the reference, and the windows held out once
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,19 @@ class Needs:
         """Over the text, for the beginning, the end and one visit to every layer."""
         return _START_PASSES + _LAYER_PASSES * self.n_layers
 
+    @property
+    def preparation(self) -> float:
+        """Seconds that the least search takes before and after it searches: the whole model is run on enough windows,
+        and the choice judged."""
+        return _UNBOUNDED_PASSES * min(self.n_windows, ENOUGH_WINDOWS) * self.seconds_per_window
+
     def affordable(self, seconds: float) -> int:
-        """Windows for a search of `seconds`: never fewer than are enough, where the text has them."""
+        """Windows for a search that has `seconds` left: never fewer than are enough, where the text has them."""
         useful = int(seconds / (max(USEFUL_PASSES, self.passes) * self.seconds_per_window))
         return min(self.n_windows, max(ENOUGH_WINDOWS, useful))
 
-    def shortcomings(self, seconds: float, max_passes: float) -> Iterator[str]:
-        """What is known to be too little, before anything is searched, in sentences."""
+    def shortcomings(self, seconds: float, max_passes: float, elapsed: float = 0.0) -> Iterator[str]:
+        """What is known to be too little, before anything is searched, in sentences. elapsed: seconds that are over."""
         if self.n_windows < ENOUGH_WINDOWS:
             yield (
                 f"the text has {self.n_windows} windows, and a search needs at least {ENOUGH_WINDOWS} to tell what"
@@ -54,6 +61,12 @@ class Needs:
             yield (
                 f"{_seconds_text(seconds)} do not reach every layer once on {min(self.n_windows, ENOUGH_WINDOWS)}"
                 f" windows of this text; about {_seconds_text(needed)} do"
+            )
+        if seconds < elapsed + self.preparation and max_passes == math.inf:
+            yield (
+                f"it will take about {_seconds_text(elapsed + self.preparation)} instead of {_seconds_text(seconds)}:"
+                f" to open the model, to run all of it on {min(self.n_windows, ENOUGH_WINDOWS)} windows, and to judge"
+                " the choice; nothing is searched"
             )
 
 
@@ -87,11 +100,15 @@ class Budget:
         """Seconds so far, of all parts."""
         return self.spent_before + time.monotonic() - self.started
 
+    def report(self, _: Progress | None = None) -> None:
+        """Tell the listener how much of the time is over."""
+        if self.progress is not None:
+            self.progress(Progress(min(int(self.elapsed), int(self.seconds)), max(1, int(self.seconds)), "seconds"))
+
     def check(self) -> None:
         """Raises OutOfTime where nothing more can be measured."""
         elapsed = self.elapsed
-        if self.progress is not None:
-            self.progress(Progress(min(int(elapsed), int(self.seconds)), max(1, int(self.seconds)), "seconds"))
+        self.report()
         is_late = elapsed + 2.2 * self._n_judging * self.seconds_per_window >= self.seconds
         if is_late or self.stats.passes + 2 * self._n_judging / self._n_windows >= self.max_passes:
             raise OutOfTime

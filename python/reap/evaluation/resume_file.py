@@ -9,14 +9,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from reap.errors import FormatError, MismatchError, OutputError, UsageError
+from reap.errors import FormatError, MismatchError, OutputError
 from reap.files.atomic import write_whole
 from reap.files.paths import PathLike
 from reap.files.strict_json import Node, json_bytes, read_json
+from reap.profiling.resume import check_seal, in_the_way, sealed
 
-VERSION = 1
+VERSION = 2
 _SECONDS = 10.0  # between two savings
 _SAVING_SHARE = 0.05  # of the time, at most, that saving may take
+
+
+def resume_path(output: PathLike) -> Path:
+    """Where a call that writes `output` keeps what it has done."""
+    target = Path(output)
+    return target.with_name(f"{target.name}.resume")
 
 
 class ResumeFile:
@@ -34,8 +41,7 @@ class ResumeFile:
             UsageError: a file is there and `resume` is off.
             FormatError: it is damaged, or of another kind.
         """
-        target = Path(output)
-        self.path = target.with_name(f"{target.name}.resume")
+        self.path = resume_path(output)
         self._form = form
         self._saved_at = time.monotonic()
         self._cost = 0.0
@@ -44,13 +50,11 @@ class ResumeFile:
         if not self.path.exists():
             return
         if not resume:
-            raise UsageError(
-                f"{self.path}: a resume file is there already; --resume (resume=True) goes on from it, removing it"
-                " begins anew"
-            )
+            raise in_the_way(self.path)
         self.node = read_json(self.path, what="resume file")
         if self.node["format"].string() != form or self.node["version"].integer() != VERSION:
             raise FormatError(f"{self.path}: is not a resume file of this kind and this version of reap")
+        check_seal(self.node)
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Say what the run is, as JSON types. Raises MismatchError where the file is of another one."""
@@ -67,7 +71,8 @@ class ResumeFile:
 
     def save_if_due(self, state: Mapping[str, Any]) -> None:
         """Write the state where enough time has passed. A disk that is full does not end the run."""
-        if time.monotonic() - self._saved_at >= max(_SECONDS, self._cost / _SAVING_SHARE):
+        is_new = not self.path.exists()  # where an output is there before it is complete, so is what to go on from
+        if is_new or time.monotonic() - self._saved_at >= max(_SECONDS, self._cost / _SAVING_SHARE):
             with suppress(OutputError):
                 self.save(state)
 
@@ -75,7 +80,7 @@ class ResumeFile:
         """Write the state. Raises OutputError."""
         started = time.monotonic()
         document = {"format": self._form, "version": VERSION, "identity": self.identity, "state": state}
-        write_whole(self.path, json_bytes(document), force=True)
+        write_whole(self.path, json_bytes(sealed(document)), force=True)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
 

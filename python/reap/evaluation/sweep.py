@@ -22,14 +22,15 @@ from reap.evaluation.sweep_table import Sweep
 from reap.evaluation.sweep_winner import record_choice
 from reap.files.paths import PathLike
 from reap.gguf.model_info import inspect
+from reap.gguf.shards import model_paths
 from reap.profiling.interrupts import endings_as_interrupts
 from reap.progress import ProgressCallback
-from reap.pruning.compatibility import plan_warnings
+from reap.pruning.compatibility import check_profile, plan_warnings
 from reap.pruning.gguf import parse_size, size_after
 from reap.scores.plan import PrunePlan, plan
 from reap.scores.profile import METRICS, Profile
 from reap.scores.ranking import Keep, resolve_keep
-from reap.text.evaluation_text import Text
+from reap.text.evaluation_text import Text, text_paths
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,12 +73,13 @@ def sweep(
             more, found by bisection, which takes it for rising with each expert that goes; what is returned was
             measured.
         max_tokens: about so many tokens of the text, in windows spread over each domain; None: all of it.
-        output: a file that holds the rows so far after each candidate, whole or not at all.
+        output: a file that holds the rows so far after each candidate, whole or not at all; one that exists needs
+            `force`.
         progress: called with scored tokens, of those of all candidates.
         options: allow_mismatch (go on with a profile or plans of another model, where layers and experts are as many;
             the warnings say what differs), resume (take what `OUTPUT.resume`, which an interrupted sweep left, has of
-            the same candidates); those of `plan` (protect, protect_super_experts, blend), for every candidate, and of
-            the engine.
+            the same candidates, and replace the output), force (replace an output that exists); those of `plan`
+            (protect, protect_super_experts, blend), for every candidate, and of the engine.
 
     Raises:
         UsageError, MismatchError, FormatError, UnsupportedModelError, CalibrationError: as `plan`, `prune` and
@@ -92,6 +94,7 @@ def sweep(
     info = inspect(model)
     engine_options = engine_options.within(given.engine, info.context_length)
     source = Profile.of(profile)
+    check_profile(info, source, allow_mismatch=given.allow_mismatch)
     max_bytes = None if target_size is None else parse_size(target_size)
     increase = None if max_ppl_increase is None else parse_increase(max_ppl_increase)
     if keep is None and target_size is None and max_ppl_increase is None:
@@ -104,12 +107,13 @@ def sweep(
     candidates += judged
     within = {} if max_bytes is None else choices.largest_within(max_bytes)
     file = None if output is None else ResumeFile(output, RESUME_FORMAT, resume=given.resume)
+    target = given.output(output, file, (*model_paths(model), profile, *text_paths(text), *plans))
     opened = PlanEvaluator(model, text, engine_options, max_tokens=max_tokens, allow_mismatch=given.allow_mismatch)
     evaluator = TextEvaluator(opened, progress)
     n_bisected = 0 if increase is None else len(choices.metrics) * len(choices.keeps).bit_length()
     evaluator.expect(1 + len(candidates) + sum(map(len, within.values())) + n_bisected)
     run = SweepRun(choices, Table(evaluator), choice=record_choice(profile, given.plan, judged))
-    writer = ResultWriter(run, evaluator, engine_options, output, file)
+    writer = ResultWriter(run, evaluator, engine_options, target, file)
     tried = [*candidates, *(item for found in within.values() for item in found)]
     tried = tried or [choices.candidate(choices.metrics[0], choices.keeps[-1])]
     writer.warnings += tuple(dict.fromkeys(line for item in tried for line in plan_warnings(info, item.plan)))

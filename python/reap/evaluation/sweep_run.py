@@ -21,7 +21,8 @@ from reap.evaluation.quality_metrics import TokenScores, compare_predictions
 from reap.evaluation.resume_file import ResumeFile
 from reap.evaluation.sweep_rows import Table
 from reap.evaluation.sweep_table import Sweep, SweepRow, Target
-from reap.files.paths import PathLike
+from reap.files.atomic import RewrittenOutput
+from reap.profiling.interrupts import uninterrupted
 from reap.progress import Progress, ProgressCallback
 from reap.scores.plan import PrunePlan
 from reap.text.overlap import overlap_warnings
@@ -139,7 +140,7 @@ class ResultWriter:
         run: SweepRun,
         evaluator: TextEvaluator,
         options: EngineOptions,
-        output: PathLike | None,
+        output: RewrittenOutput | None,
         file: ResumeFile | None,
     ) -> None:
         self._run = run
@@ -164,8 +165,8 @@ class ResultWriter:
     def save(self) -> None:
         """The rows so far; nothing where no file was asked for."""
         if self._output is not None and self._file is not None:
-            self._table(complete=False).save(self._output)
             self._file.save_if_due(self._state())
+            self._output.save(self._table(complete=False))
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -176,10 +177,11 @@ class ResultWriter:
             if not self._run.table.tried:
                 raise
             n_tried = len(self._run.table.tried)
-            kept = "" if self._output is None else f"; {self._output} keeps the rows so far"
+            kept = "" if self._output is None else f"; {self._output.path} keeps the rows so far"
             if self._file is not None and self._output is not None:
-                self._table(complete=False).save(self._output)
-                self._file.save(self._state())
+                with uninterrupted():  # by a second Ctrl-C
+                    self._output.save(self._table(complete=False))
+                    self._file.save(self._state())
                 kept += f", and --resume (resume=True) goes on from {self._file.path}"
             error = Interrupted(f"stopped after {n_tried} of the sweep's models{kept}")
             error.result = self._table(complete=False)
@@ -189,7 +191,7 @@ class ResultWriter:
         """The whole table, which is in the file now, too."""
         table = self._table(complete=True)
         if self._output is not None:
-            table.save(self._output)
+            self._output.save(table)
         if self._file is not None:
             self._file.remove()
         return table

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Protocol
 
 from reap.errors import OutputError, UsageError
 from reap.files.copying import drop_cache, memory_bytes
@@ -224,6 +225,30 @@ def write_set(
             with explained(files[0][0]):
                 check(temporaries)
         _publish_set([output for output, _ in files], temporaries, force=force)
+
+
+class Savable(Protocol):
+    """What is written as one file: a plan, a sweep."""
+
+    def save(self, path: PathLike, *, force: bool) -> Path: ...
+
+
+class RewrittenOutput:
+    """An output that a call writes again and again while it works.
+
+    What was there before needs `force`, as everywhere; what the call wrote itself it replaces.
+    """
+
+    def __init__(self, path: PathLike, inputs: Iterable[PathLike | None], *, force: bool) -> None:
+        """Raises what `check_outputs` does, before the work begins."""
+        self.path = Path(path)
+        self._force = force
+        check_outputs([path], inputs, force=force)
+
+    def save(self, made: Savable) -> None:
+        """Write `made`, whole or not at all. Raises what `write_whole` does."""
+        made.save(self.path, force=self._force)
+        self._force = True
 
 
 @contextmanager

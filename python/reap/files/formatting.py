@@ -37,3 +37,9 @@ def ranges_text(ids: Sequence[int]) -> str:
         parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(one) for one in run]
         start = index + 1
     return ", ".join(parts) or "none"
+
+
+def shortened_list(names: Sequence[str], most: int = 8) -> str:
+    """ "a, b, c"; of more than `most` the first, and how many there are besides."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

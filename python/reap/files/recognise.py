@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reap.files.paths import PathLike
 
+LFS_POINTER = "a Git LFS pointer: the file itself was not downloaded (git lfs pull)"
 #: How much of a file is looked at.
 HEAD_BYTES = 4096
 _MOST_ENTRIES = 131_072
@@ -20,7 +21,7 @@ _GGUF_KINDS = {
 }
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     *((magic, "a GGML file from before GGUF; convert the model again") for magic in (b"lmgg", b"fmgg", b"tjgg")),
-    (b"version https://git-lfs", "a Git LFS pointer: the file itself was not downloaded (git lfs pull)"),
+    (b"version https://git-lfs", LFS_POINTER),
     (b"\x1f\x8b", "a gzip archive"),
     (b"BZh", "a bzip2 archive"),
     (b"\xfd7zXZ\0", "an xz archive"),
@@ -35,13 +36,22 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xfe", "a text file (UTF-16)"),
     (b"\xfe\xff", "a text file (UTF-16)"),
 )
+RESUME_FILE = "a file that an interrupted run resumes from"
 _REAP_FORMATS = {
     b"profile": "a profile of reap",
     b"plan": "a plan of reap",
     b"sweep": "a sweep of reap",
-    b"checkpoint": "a file that an interrupted run resumes from",
+    b"checkpoint": RESUME_FILE,
+    b"resume": RESUME_FILE,
+    b"sweep.resume": RESUME_FILE,
+    b"refine.resume": RESUME_FILE,
+    b"answers.resume": RESUME_FILE,
     b"hf-prune": "what reap writes beside a pruned checkpoint (reap.json)",
 }
+#: What is not data to read, although it may pass for JSON or text.
+NOT_DATA = frozenset(
+    {*_REAP_FORMATS.values(), LFS_POINTER, "a safetensors file", "an importance matrix (in its old form)"}
+)
 _JSON_KEYS = (
     (b'"weight_map"', "the index of a checkpoint's safetensors files; give the folder"),
     (b'"model_type"', "a checkpoint's config.json; give the folder"),
@@ -69,14 +79,28 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?", re.ASCII)
 _URL = re.compile(r"([a-z][a-z0-9+.-]*):/+(.+)", re.IGNORECASE)
 
 
-def absent_text(path: PathLike) -> str:
-    """What an error says of a path where there is nothing: that it is a URL, or looks like a name on a hub."""
-    name = os.fspath(path)
-    text = name if isinstance(name, str) else os.fsdecode(name)
-    if url := _URL.fullmatch(text):  # a Path has only one slash left
-        return f"no such file; {url[1]}://{url[2]} is a URL: download it, and give the file's path"
+def url_of(path: PathLike) -> str | None:
+    """The URL that a path was meant for, None where it is a path. Of a URL's slashes a Path has only one left."""
+    text = os.fsdecode(path)
+    url = _URL.fullmatch(text)
+    return None if url is None or os.path.lexists(text) else f"{url[1]}://{url[2]}"
+
+
+def absent_text(path: PathLike, *, data: bool = False) -> str:
+    """What an error says of a path where there is nothing: that it is a URL, or looks like a name on a hub.
+
+    data: it would be of a data set there, and not of a model.
+    """
+    text = os.fsdecode(path)
+    if url := url_of(path):
+        return f"no such file; {url} is a URL: download it, and give the file's path"
     if _HUB_NAME.fullmatch(text) and not os.path.isdir(os.path.dirname(text)):
         repository = text.partition(":")[0]
+        if data:
+            return (
+                "no such file; if this is a data set on the Hugging Face hub, download it (hf download --repo-type"
+                f" dataset {repository}) and give the path of its files"
+            )
         return (
             f"no such file; if this is a name on the Hugging Face hub, download it (hf download {repository}) and give"
             " the path: a GGUF file, or a checkpoint's directory for convert and hf"
@@ -84,9 +108,9 @@ def absent_text(path: PathLike) -> str:
     return "no such file"
 
 
-def unreadable_text(path: PathLike, error: OSError) -> str:
+def unreadable_text(path: PathLike, error: OSError, *, data: bool = False) -> str:
     """Why a path could not be opened: the system's own words, or, where there is nothing, what the path looks like."""
-    absent = absent_text(path) if isinstance(error, FileNotFoundError) else ""
+    absent = absent_text(path, data=data) if isinstance(error, FileNotFoundError) else ""
     return absent if absent not in ("", "no such file") else error.strerror or str(error)
 
 
@@ -142,7 +166,7 @@ def _json(head: bytes, _: int) -> str | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] not in (b"{", b"[") or not _is_text(head):
         return None
-    reap_format = re.search(rb'"format"\s*:\s*"reap\.([\w-]+)"', text)
+    reap_format = re.search(rb'"format"\s*:\s*"reap\.([\w.-]+)"', text)
     if reap_format and reap_format[1] in _REAP_FORMATS:
         return _REAP_FORMATS[reap_format[1]]
     if re.search(rb"\}\s*\n\s*\{", text) and not text.startswith(b"["):

@@ -12,7 +12,7 @@ import base64
 import binascii
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -130,6 +130,18 @@ def _signs(n_columns: int) -> NDArray[np.float64]:
     raw = hashlib.shake_256(b"reap.router_sketch.1").digest(-(-n_bits // 8))
     bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little")[:n_bits]
     return bits.reshape(n_columns, WIDTH).astype(np.float64) * 2 - 1
+
+
+def select_rows(sketch: RouterSketch, ids: Mapping[int, Sequence[int]]) -> RouterSketch:
+    """The sketch of a model that keeps of each layer in `ids` these experts, in this order.
+
+    A layer that has no such experts is left out.
+    """
+    return {
+        layer: found if found.rows is None else found._replace(rows=found.rows[list(ids[layer])])
+        for layer, found in sketch.items()
+        if ids.get(layer) and (found.rows is None or 0 <= min(ids[layer]) <= max(ids[layer]) < len(found.rows))
+    }
 
 
 # ---- in a file

@@ -153,6 +153,7 @@ class ShrinkSteps:
                 max_ppl_increase=options.goal.max_ppl_increase,
                 output=self._at(SWEEP),
                 resume=True,
+                force=True,  # the folder is this job's
                 progress=self.progress,
                 **options.plan,
                 **{**options.engine, "ctx_size": options.text_ctx_size},

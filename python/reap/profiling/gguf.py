@@ -10,8 +10,10 @@ from reap.engine.options import PROFILE_CTX_SIZE, EngineArguments, EngineOptions
 from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import ReapWarning, UnsupportedModelError, UsageError
 from reap.files.arguments import divide, shows
+from reap.files.atomic import check_distinct
 from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
+from reap.gguf.shards import model_paths
 from reap.profiling.record import make_profile
 from reap.profiling.resume import SECONDS, ResumeFile, identify
 from reap.profiling.run import SHARED_SEQUENCES, measure
@@ -83,6 +85,7 @@ def profile(
     layers, prediction = _layers(info, prediction_layers)
     keeper = None
     if checkpoint is not None:
+        check_distinct([checkpoint], (*model_paths(model), *source.inputs))
         prints = {"fingerprint": info.fingerprint, "router_fingerprint": info.router_fingerprint}
         identity = identify({**prints, "n_bytes": info.n_bytes, "layers": layers}, engine.record(), source)
         shape = (len(layers), info.n_experts)

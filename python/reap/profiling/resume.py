@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import re
@@ -18,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reap.errors import FormatError, MismatchError, OutputError, ReapWarning, UsageError
-from reap.files.atomic import write_whole
+from reap.files.atomic import check_outputs, write_whole
 from reap.files.paths import PathLike
+from reap.files.recognise import RESUME_FILE, what_is
 from reap.files.strict_json import Node, json_bytes, read_json
 from reap.scores.profile import Profile
 from reap.scores.records import SUMS
@@ -74,6 +76,32 @@ def beside(output: PathLike) -> Path | None:
     return path.with_name(f"{path.name}.resume") if path.is_file() or not path.exists() else None
 
 
+def sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """A resume file's contents with a digest of them: a figure that was changed would change the result unseen."""
+    return {**document, "sha256": _digest(document)}
+
+
+def check_seal(node: Node) -> None:
+    """FormatError where a resume file is not as it was written."""
+    document = dict(node.members())
+    if document.pop("sha256", None) != _digest(document):
+        node.fail("is damaged: it is not what a run wrote; remove it to begin anew")
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def in_the_way(path: Path) -> UsageError:
+    """What is said of a file that is where a run was to keep its state, and was not asked to go on from."""
+    found = what_is(path)
+    if found not in (RESUME_FILE, None, "an empty file"):
+        return UsageError(f"{path}: is {found}, where a resume file would be written; choose another name for that")
+    return UsageError(
+        f"{path}: a resume file is there already; --resume (resume=True) goes on from it, removing it begins anew"
+    )
+
+
 class ResumeFile:
     """One file, written whole or not at all, at most every `seconds` (less often where writing it takes long).
 
@@ -110,11 +138,9 @@ class ResumeFile:
         self._saved_at = time.monotonic()
         self._cost = 0.0
         self._has_warned = False
+        check_outputs([self.path], force=True)  # or it would be found out when there is something to keep
         if self.path.exists() and not resume:
-            raise UsageError(
-                f"{self.path}: a resume file is there already; --resume (resume=True) goes on from it, removing it"
-                " begins anew"
-            )
+            raise in_the_way(self.path)
         self.state = self._load() if self.path.exists() else State()
 
     def _load(self) -> State:
@@ -133,7 +159,9 @@ class ResumeFile:
         if found != FORMAT or node["version"].integer() != VERSION:
             raise FormatError(f"{self.path}: is not a resume file of this version of reap")
         _compare(self.path, node["identity"].members(), self._identity)
-        return _read_state(node, self._shape)
+        state = _read_state(node, self._shape)
+        check_seal(node)
+        return state
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last saving."""
@@ -148,6 +176,10 @@ class ResumeFile:
             if not self._has_warned:
                 self._has_warned = True
                 warnings.warn(f"{error}; the run goes on without it", ReapWarning, stacklevel=2)
+
+    def remove(self) -> None:
+        """A run is over of which nothing is left to keep."""
+        self.path.unlink(missing_ok=True)
 
     def save(self, state: State) -> None:
         """Write the state. Raises OutputError where that fails; the file before it is kept then."""
@@ -165,7 +197,7 @@ class ResumeFile:
                 for (domain, part), group in zip(state.keys, state.groups, strict=True)
             ],
         }
-        write_whole(self.path, json_bytes(document), force=True)
+        write_whole(self.path, json_bytes(sealed(document)), force=True)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
 

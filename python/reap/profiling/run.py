@@ -126,7 +126,7 @@ def measure(
             raise
         if keeper:
             with uninterrupted():
-                keeper.save_or_warn(run.state())
+                keeper.save_or_warn(run.state()) if any(run.counted()) else keeper.remove()
     return run.result()
 
 

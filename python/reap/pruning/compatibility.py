@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from reap.errors import MismatchError, UnsupportedModelError, UsageError
 from reap.gguf.model_info import require_moe
-from reap.scores.identity import Verdict, compare_records, crosses_over, form_of, require_same
+from reap.scores.identity import ALLOW, Record, Verdict, compare_records, crosses_over, form_of, require_same
 from reap.scores.plan import PrunePlan
+from reap.scores.profile import Profile
 from reap.scores.ranking import check_keep, resolve_keep
 
 # ---- does the plan fit the model
@@ -70,7 +71,7 @@ def check_plan(info: Prunable, plan: PrunePlan, *, allow_mismatch: bool = False)
         raise UnsupportedModelError(info.refusals[0])
     named = f" ({plan.model['name']})" if plan.model.get("name") else ""
     what = f"the plan is of a model{named} other than {info.path}"
-    mismatch = require_same(_compare(info, plan), what, allow_mismatch=allow_mismatch)
+    mismatch = require_same(_compare(info, plan.model), what, allow_mismatch=allow_mismatch)
     if plan.n_experts != info.n_experts:
         raise MismatchError(
             f"the plan is of a model with {plan.n_experts} experts, but {info.path} has {info.n_experts}"
@@ -86,23 +87,43 @@ def check_plan(info: Prunable, plan: PrunePlan, *, allow_mismatch: bool = False)
     return mismatch
 
 
+def check_profile(info: Prunable, profile: Profile, *, allow_mismatch: bool = False, advice: str = ALLOW) -> str | None:
+    """Raise unless a profile is of the model that `info` describes, in the words of those who gave a profile.
+
+    What is made of it is still for `check_plan`. Returns what makes it the profile of another model, where
+    `allow_mismatch` lets that pass. Raises MismatchError, and UnsupportedModelError for a model that cannot be pruned.
+    """
+    require_moe(info)
+    if info.refusals:
+        raise UnsupportedModelError(info.refusals[0])
+    named = f" ({profile.model['name']})" if profile.model.get("name") else ""
+    what = f"the profile is of a model{named} other than {info.path}"
+    verdict = _compare(info, profile.model, "the profile")
+    mismatch = require_same(verdict, what, allow_mismatch=allow_mismatch, advice=advice)
+    if profile.n_experts != info.n_experts:
+        raise MismatchError(
+            f"the profile is of a model with {profile.n_experts} experts, but {info.path} has {info.n_experts}"
+        )
+    return mismatch
+
+
 def recorded_mismatch(info: Prunable, plan: PrunePlan) -> str | None:
     """For what is written: how the model that was measured differs from this one, and what was allowed before."""
-    found = [plan.model.get("mismatch"), _compare(info, plan).text]
+    found = [plan.model.get("mismatch"), _compare(info, plan.model).text]
     return "; ".join(dict.fromkeys(filter(None, found))) or None
 
 
-def _compare(info: Prunable, plan: PrunePlan) -> Verdict:
+def _compare(info: Prunable, model: Record, name: str = "the plan") -> Verdict:
     record = info.record()
-    fingerprint = plan.fingerprint
-    is_older = fingerprint is not None and not plan.model.get("identity") and not crosses_over(plan.model, record)
+    fingerprint = model.get("fingerprint")
+    is_older = fingerprint is not None and not model.get("identity") and not crosses_over(model, record)
     older = info.older_fingerprints if is_older and fingerprint != info.fingerprint else ()
-    return compare_records(plan.model, record, ("the plan", info.path.name), older)
+    return compare_records(model, record, (name, info.path.name), older)
 
 
 def plan_warnings(info: Prunable, plan: PrunePlan) -> Iterator[str]:
     """What does not stop a plan that `check_plan` let pass, but should be known."""
-    verdict = _compare(info, plan)
+    verdict = _compare(info, plan.model)
     if verdict.differences:
         yield f"the plan is of a model other than {info.path}: {verdict.text}"
     if plan.model.get("mismatch"):

@@ -53,10 +53,10 @@ class ModelSize:
         return asdict(self)
 
 
-def measure_size(path: PathLike, plan: PrunePlan | None = None) -> ModelSize:
+def measure_size(path: PathLike, plan: PrunePlan | None = None, *, allow_mismatch: bool = False) -> ModelSize:
     """What the model at `path` weighs, and what it would after `plan` (None: the same).
 
-    Raises what `prune` does for a plan that does not fit.
+    Raises what `prune` does for a plan that does not fit; `allow_mismatch` as there.
     """
     with GGUFModel.open(path) as model:
         layout = read_layout(model)
@@ -73,7 +73,7 @@ def measure_size(path: PathLike, plan: PrunePlan | None = None) -> ModelSize:
             row = found.setdefault(name, [0, 0, 0])
             row[0], row[1], row[2] = row[0] + tensor.n_bytes, row[1] + after, row[2] + 1
         before = model.size
-    after = before if plan is None else size_after(path, plan)
+    after = before if plan is None else size_after(path, plan, allow_mismatch=allow_mismatch)
     rest = [before - sum(row[0] for row in found.values()), after - sum(row[1] for row in found.values())]
     classes = [SizeClass(name, *row) for name, row in found.items()] + [SizeClass(HEADER, rest[0], rest[1], 0)]
     return ModelSize(before, after, tuple(sorted(classes, key=lambda item: -item.n_bytes_before)))

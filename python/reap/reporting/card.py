@@ -25,7 +25,7 @@ from reap.reporting.answers_section import loop_rows, recommended_settings
 from reap.reporting.benchmarks import COLUMNS, EXPLAINED, is_of_tasks, task_rows
 from reap.reporting.gpu_fit import describe_fit
 from reap.reporting.page import environment
-from reap.scores.identity import compare_records
+from reap.scores.identity import Record, compare_records, compare_with_pruned, crosses_over
 from reap.scores.plan import experts_digest
 from reap.scores.profile import Profile
 
@@ -67,13 +67,9 @@ def model_card(
     info = inspect(pruned)
     origin = _Origin.of(info)
     before = None if source is None else inspect(source)
-    if before is not None and origin.fingerprint not in (before.fingerprint, *before.older_fingerprints):
-        raise MismatchError(
-            f"{before.path} is not the model that {info.path} was pruned from: its fingerprint is {before.fingerprint}"
-        )
     measured = None if profile is None else Profile.of(profile)
-    if measured is not None and not _is_of(measured, origin, before):
-        raise MismatchError(f"the profile is not of the model that {info.path} was pruned from")
+    table = sweep if sweep is None or isinstance(sweep, Sweep) else Sweep.load(sweep)
+    _check_origin(info, origin, before, measured, table)
     judged = [read_json(path, what="evaluation", max_bytes=_MAX_BYTES) for path in evaluations]
     answered = [read_answers(path) for path in answers]
     text = environment().get_template("card.md.j2").render(
@@ -95,7 +91,7 @@ def model_card(
         tasks=[[escape(cell) for cell in row] for root in judged if is_of_tasks(root) for row in task_rows(root)],
         answers=[[escape(cell) for cell in row] for row in loop_rows(answered)],
         settings=[escape(sentence) for sentence in recommended_settings(answered)],
-        sweep=[] if sweep is None else _sweep_rows(sweep, info.n_experts, origin.n_experts),
+        sweep=[] if table is None else _sweep_rows(table, info.n_experts, origin.n_experts),
         cautions=list(_cautions(info)),
         layers=list(_layers(info, origin)),
     )  # fmt: skip
@@ -113,12 +109,38 @@ def _own_name(info: ModelInfo, before: ModelInfo | None) -> str:
     return named or info.path.name.removesuffix(".gguf")
 
 
-def _is_of(profile: Profile, origin: _Origin, before: ModelInfo | None) -> bool:
-    """Whether a profile is of the model that a file was pruned from."""
-    if profile.model.get("fingerprint", origin.fingerprint) == origin.fingerprint or before is None:
-        return bool(profile.model.get("fingerprint", origin.fingerprint) == origin.fingerprint)
-    names = ("the profile", before.path.name)
-    return not compare_records(profile.model, before.record(), names, before.older_fingerprints).differences
+def _check_origin(
+    info: ModelInfo, origin: _Origin, before: ModelInfo | None, profile: Profile | None, sweep: Sweep | None
+) -> None:
+    """Raise MismatchError where what is said to be of the model before pruning is of another one.
+
+    Fingerprints are compared, and, since siblings share them, the routers of the experts that were kept. A profile that
+    a file was cut by although it is of another model (`allow_mismatch`) is let through: the file says so.
+    """
+    older: Sequence[str] = ()
+    if before is not None:
+        older = before.older_fingerprints
+        _require_origin(f"{before.path} is not", before.record(), info, origin, None, older)
+    if profile is not None and "reap.mismatch" not in (info.provenance or {}):
+        _require_origin("the profile is not of", profile.model, info, origin, before, older)
+    if sweep is not None:
+        _require_origin("the sweep is not of", sweep.model, info, origin, before, older)
+
+
+def _require_origin(
+    what: str, record: Record, info: ModelInfo, origin: _Origin, before: ModelInfo | None, older: Sequence[str]
+) -> None:
+    said = record.get("fingerprint") or origin.fingerprint
+    found: tuple[str, ...] = ()
+    if before is not None:
+        found = compare_records(record, before.record(), ("it", before.path.name), older).differences
+    elif origin.fingerprint not in (said, *older) and not (
+        record.get("routers") and crosses_over(record, info.record())
+    ):
+        found = (f"its fingerprint is {said}",)
+    found = found or compare_with_pruned(record, info.routers, origin.kept)
+    if found:
+        raise MismatchError(f"{what} the model that {info.path} was pruned from: {'; '.join(found)}")
 
 
 @dataclass(frozen=True)
@@ -200,6 +222,8 @@ def _how(info: ModelInfo, origin: _Origin, profile: Profile | None) -> Iterator[
 
 
 def _cautions(info: ModelInfo) -> Iterator[str]:
+    if mismatch := (info.provenance or {}).get("reap.mismatch"):
+        yield f"**The experts were chosen by a profile of another model**: {escape(mismatch)}."
     with GGUFModel.open(info.path) as model:
         if gates_depend_on_all(model, info.architecture):
             yield (
@@ -267,9 +291,8 @@ def _number(node: Node, key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _sweep_rows(sweep: Sweep | PathLike, keep: int, n_source: int) -> list[list[str]]:
+def _sweep_rows(table: Sweep, keep: int, n_source: int) -> list[list[str]]:
     """Of this size, and of the whole model where the sweep has it."""
-    table = sweep if isinstance(sweep, Sweep) else Sweep.load(sweep)
     rows = [row for row in table.rows if row.keep in (keep, n_source)]
     return [
         [

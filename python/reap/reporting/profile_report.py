@@ -98,7 +98,9 @@ def report(
     info = None if model is None else inspect(model)
     if info is not None:
         _require_model_of(source, info)
-    size = None if model is None or info is None else measure_size(model, None if info.refusals else made)
+    size = None
+    if model is not None and info is not None:  # of one model, as was just found, or as the profile says of itself
+        size = measure_size(model, None if info.refusals else made, allow_mismatch=True)
     name = None if isinstance(profile, Profile) else Path(profile).name
     benchmarks, judged = _sorted(evaluations)
     found = tuple(map(read_answers, answers))

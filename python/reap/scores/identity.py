@@ -8,13 +8,13 @@ routers, where both have a sketch of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reap.errors import MismatchError, ReapWarning
 from reap.files.strict_json import Node
-from reap.gguf.router_sketch import Distance, RouterSketch, measure_distances, read_record
+from reap.gguf.router_sketch import Distance, RouterSketch, measure_distances, read_record, select_rows
 
 #: What a GGUF file and a checkpoint call by the same name; the number of experts is for the callers, who need it equal.
 STRUCTURE = ("n_experts_used", "n_groups", "n_groups_used", "n_embd")
@@ -72,6 +72,21 @@ def compare_records(
             )
     routers = _compare_routers(first, second, names)
     return Verdict((*dict.fromkeys(differences), *routers.differences), tuple(notes) or routers.notes)
+
+
+def compare_with_pruned(record: Record, routers: RouterSketch, kept: Mapping[int, Sequence[int]]) -> tuple[str, ...]:
+    """How the routers of a model differ from those of a file that is said to be pruned from it; empty where they agree.
+
+    Args:
+        record: the "model" of a profile or sweep, or what `ModelInfo.record` gives, of the model before.
+        routers: of the pruned file.
+        kept: layer -> ids of the experts that it kept, in order.
+    """
+    sketch = _sketch(record)
+    if sketch is None:
+        return ()
+    distances = measure_distances(select_rows(sketch, kept), routers)
+    return _differing([found._replace(expert=kept[found.layer][found.expert]) for found in distances])
 
 
 def require_same(verdict: Verdict, what: str, *, allow_mismatch: bool, advice: str = ALLOW) -> str | None:

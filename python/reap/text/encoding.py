@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reap.errors import CalibrationError, UsageError
+from reap.files.recognise import unreadable_text
 from reap.text.chat_template import ChatTemplate
 from reap.text.marks import Unlocated
 from reap.text.mask import Span, shared_length
@@ -46,7 +47,9 @@ def read_template(chat_template: str) -> str | None:
     try:
         return Path(chat_template).read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{chat_template}: cannot read the chat template: {error.strerror or error}") from error
+        raise UsageError(
+            f"{chat_template}: cannot read the chat template: {unreadable_text(chat_template, error)}"
+        ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{chat_template}: the chat template is not UTF-8 text") from error
 

@@ -103,7 +103,7 @@ def read_evaluation_text(
     Raises UsageError for a file that cannot be read, CalibrationError for one that cannot be used, or a domain shorter
     than a window.
     """
-    files, given = text_files(text), _paths(text)
+    files, given = text_files(text), text_paths(text)
     streams: dict[str | None, list[int]] = {}
     for path in given:
         own_domain = _name_of(path) if len(given) > 1 else None
@@ -126,7 +126,7 @@ def read_evaluation_text(
 
 def text_files(text: Text) -> list[str]:
     """The files of a text, each of which can be opened: before a model is loaded for nothing. Raises UsageError."""
-    files = [file for path in _paths(text) for file in files_at(path)]
+    files = [file for path in text_paths(text) for file in files_at(path)]
     if not files:
         raise UsageError("there is no text to evaluate on")
     for path in files:
@@ -134,11 +134,12 @@ def text_files(text: Text) -> list[str]:
             with open(path, "rb"):
                 pass
         except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({unreadable_text(path, error)})") from error
+            raise UsageError(f"{path}: cannot be read ({unreadable_text(path, error, data=True)})") from error
     return files
 
 
-def _paths(text: Text) -> list[str]:
+def text_paths(text: Text) -> list[str]:
+    """What a text is made of, as it was given: files and folders."""
     return [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from reap.errors import CalibrationError
+from reap.files.recognise import HEAD_BYTES, NOT_DATA, what_are
 from reap.text.columnar import ColumnarFile
 from reap.text.lines import BadLine, Row, json_array, json_lines
 from reap.text.shapes import KEY_SETS, KEYS
 from reap.text.sources import COLUMNAR_SUFFIXES, JSON_SUFFIXES, SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES
-from reap.text.streams import COMPRESSED_SUFFIXES, ByteStream, suffix_of
+from reap.text.streams import COMPRESSED_SUFFIXES, HEAD_LIMIT, ByteStream, suffix_of
 from reap.text.tables import csv_rows, looks_like_csv
 
 JSON_LINES, JSON_ARRAY, CSV, PARQUET, ARROW, TEXT = "JSON Lines", "JSON array", "CSV", "Parquet", "Arrow", "text"
@@ -131,9 +132,13 @@ def _refuse_others(stream: ByteStream) -> None:
     kind = next((kind for magic, kind in _OTHER_MAGIC if stream.magic.startswith(magic)), None)
     if kind is not None:
         _refuse(stream, f"is {kind}")
-    head = stream.head(lambda head: len(head) >= 512 or b"\n" in head)[:512]
+    beginning = stream.head(lambda head: len(head) >= 512 or b"\n" in head)
+    head = beginning[:512]
     if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
         _refuse(stream, "is a tar archive; unpack it first")
+    found = what_are(beginning[:HEAD_BYTES], HEAD_LIMIT)
+    if found in NOT_DATA:
+        _refuse(stream, f"is {found}")
     if head.count(0) > _MANY_ZEROS * len(head):
         _refuse(stream, "is not text in UTF-8; UTF-16 is read where the file begins with its byte-order mark")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from reap.errors import CalibrationError, UsageError
 from reap.files.paths import PathLike
+from reap.files.recognise import absent_text
 from reap.text.streams import COMPRESSED_SUFFIXES, STDIN, suffix_of
 
 Source = PathLike | Iterable[Any] | Mapping[Any, Any]
@@ -66,8 +67,8 @@ def _parts(source: Any, domain: str | None) -> Iterator[Part]:
                 raise UsageError(f"a calibration by domains should be of names and files, found {name!r}")
             if isinstance(inner, str) and inner != STDIN and not os.path.exists(inner):
                 raise UsageError(
-                    f"{inner}: cannot read the calibration of the domain {name!r}: No such file or directory; a sample"
-                    " is given as a list of one dictionary"
+                    f"{inner}: cannot read the calibration of the domain {name!r}: {absent_text(inner, data=True)}; a"
+                    " sample is given as a list of one dictionary"
                 )
             if isinstance(inner, Mapping):
                 raise UsageError(f"the domain {name!r} should be a path, paths or dictionaries, found a dictionary")

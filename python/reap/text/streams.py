@@ -127,7 +127,7 @@ def _open(path: str) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the calibration: {unreadable_text(path, error)}") from error
+        raise UsageError(f"{path}: cannot read the calibration: {unreadable_text(path, error, data=True)}") from error
 
 
 class _Raw(io.RawIOBase):
@@ -233,11 +233,13 @@ class _Decompressed(_Raw):
 
     def __init__(self, file: Any, name: str) -> None:
         super().__init__()
-        self._file, self._name = file, name
+        # what is there before what cannot be read: gzip's `read` would lose it
+        self._read = getattr(file, "read1", file.read)
+        self._name = name
 
     def _some(self, n_bytes: int) -> bytes:
         try:
-            return bytes(self._file.read(n_bytes))
+            return bytes(self._read(n_bytes))
         except EOFError as error:
             raise CalibrationError(
                 f"{self._name}: the compressed data end too early, as after a broken download"

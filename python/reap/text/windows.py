@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from reap.errors import CalibrationError, UsageError
 from reap.files.paths import PathLike
-from reap.text.encoding import NO_TEMPLATE, Encoder, check_text, check_variables, read_template
+from reap.text.encoding import MODELS_TEMPLATE, NO_TEMPLATE, Encoder, check_text, check_variables, read_template
 from reap.text.encoding import Tokenizer as Tokenizer
 from reap.text.messages import normalise_messages, normalise_tools
 from reap.text.overlap import Sketch
@@ -140,6 +140,11 @@ class Calibration:
     def paths(self) -> list[str]:
         """The files to read, "-" for standard input; [] where the source is Python objects."""
         return self._reader.paths
+
+    @property
+    def inputs(self) -> list[str]:
+        """All files that are read: `paths`, and the template's, where one was given."""
+        return [*self.paths, *([] if self.chat_template in (NO_TEMPLATE, MODELS_TEMPLATE) else [self.chat_template])]
 
     def check(self) -> None:
         """Look for lines that cannot be used, before a model is loaded for nothing: parse, shape and the form of

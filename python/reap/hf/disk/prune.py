@@ -25,7 +25,7 @@ from reap.hf.disk.mentions import counts_in_texts, mentions_in_files
 from reap.hf.disk.safetensors_file import StoredTensor
 from reap.hf.disk.side_files import FileArguments, FileOptions, SideFile, left_out, sort_side_files
 from reap.progress import Progress, ProgressCallback
-from reap.pruning.compatibility import check_plan, plan_warnings
+from reap.pruning.compatibility import check_plan, check_profile, plan_warnings
 from reap.pruning.gguf import VERIFY_MODES, PruneReport, Verify
 from reap.scores.plan import Keep, PrunePlan
 from reap.scores.plan import plan as make_plan
@@ -94,6 +94,8 @@ def prune(
     with Checkpoint.open(source, which.trust) as checkpoint:
         layout = read_checkpoint_layout(checkpoint, drop_prediction=drop_prediction)
         info = describe_checkpoint(checkpoint, layout)
+        if profile is not None:
+            check_profile(info, Profile.of(profile), allow_mismatch=allow_mismatch)
         the_plan = _check(info, the_plan, layout, allow_mismatch=allow_mismatch)
         job = Job(checkpoint, layout, info, the_plan, drop_prediction)
         files, side, left = job.files(), *sort_side_files(checkpoint, layout, which)

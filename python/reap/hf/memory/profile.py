@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap.errors import UnsupportedModelError, UsageError
 from reap.files.arguments import divide, shows
+from reap.files.atomic import check_distinct, paths_of
 from reap.files.paths import PathLike
 from reap.gguf.router_sketch import RouterSketch, to_record
 from reap.hf.dependencies import require_extra
@@ -99,6 +100,8 @@ def profile(
         raise UsageError(f"batch_size is {batch_size!r}, expected a whole number of at least ctx_size, {ctx_size}")
     if resume and checkpoint is None:
         raise UsageError("resume needs a checkpoint to go on from")
+    if checkpoint is not None:
+        check_distinct([checkpoint], (*paths_of(model), *source.inputs))
     load.check()
     source.check()  # before a model is loaded for nothing
     from_where = _from_folder if isinstance(model, str | os.PathLike) else _in_memory
