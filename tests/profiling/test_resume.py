@@ -236,10 +236,10 @@ def test_no_figure_can_change_unseen(tmp_path: Path) -> None:
     path = tmp_path / "run.resume"
     left_by_a_stop(path)
     whole = path.read_bytes()
-    digits = [at for at, byte in enumerate(whole) if chr(byte).isdigit()]
-    for at in random.Random(1).sample(digits, 250):
+    signs = [at for at, byte in enumerate(whole) if chr(byte).isalnum()]
+    for at in random.Random(1).sample(signs, min(300, len(signs))):
         data = bytearray(whole)
-        data[at] = ord("1") + (data[at] - ord("1") + 1) % 9
+        data[at] = ord("7" if data[at] != ord("7") else "8")
         path.write_bytes(data)
         with pytest.raises((FormatError, MismatchError), match=r"run\.resume"):
             keeper(path)
