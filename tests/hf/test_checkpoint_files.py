@@ -70,6 +70,13 @@ def test_an_index_that_names_too_little(tmp_path: Path) -> None:
     report = prune(tmp_path / "in", tmp_path / "shards", plan_of(), trust="shards", verify="full")
     check_output(tmp_path / "shards", {*pruned_names(), name})
     assert any("does not name 1 tensor" in said and "gone by the shards" in said for said in report.warnings)
+    refused(tmp_path, "cannot be gone by", f"does not name {name} in model-", "--trust shards", trust="index")
+
+
+def test_tables_that_are_computed_may_be_left_out(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    build(tmp_path / "in", qwen() | {name: ("F32", (4,))}, config(), n_shards=3)
+    change_index(tmp_path / "in", lambda names: names.pop(name))
     prune(tmp_path / "in", tmp_path / "index", plan_of(), trust="index", verify="full")
     check_output(tmp_path / "index", pruned_names())
 

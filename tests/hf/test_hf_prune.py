@@ -529,6 +529,12 @@ REFUSED: dict[str, tuple[Tensors, dict[str, Any], type[Exception], str]] = {
         FormatError,
         "has 7 experts, but no number 3",
     ),
+    "an expert that lacks a matrix": (
+        {name: value for name, value in qwen().items() if ".1.mlp.experts.3.down" not in name},
+        {},
+        FormatError,
+        "model.layers.1.mlp.experts.3 has no down_proj, which other experts beside it have",
+    ),
     "layers with different numbers": (
         qwen((0,)) | qwen((1,), n_experts=4),
         {},

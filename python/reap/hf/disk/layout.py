@@ -18,6 +18,7 @@ from typing import NamedTuple
 from reap.errors import FormatError, UnsupportedModelError
 from reap.hf.disk.checkpoint_files import Checkpoint
 from reap.hf.disk.config import ConfigCounts, first_count, read_counts
+from reap.hf.disk.discovery import INDEX
 from reap.hf.disk.safetensors_file import StoredTensor
 
 #: Parts of a model beside the language model: their experts, where they have some, are another router's and stay.
@@ -130,6 +131,7 @@ def read_checkpoint_layout(checkpoint: Checkpoint, *, drop_prediction: bool = Fa
     """
     finder = _Finder(checkpoint)
     layers, n_layers, prediction = _number(checkpoint, finder.blocks())
+    _check_left_out(checkpoint, n_layers)
     dropped = {layer: layers[layer] for layer in prediction} if drop_prediction else {}
     if drop_prediction:
         finder = _Finder(checkpoint, n_layers)
@@ -247,6 +249,7 @@ class _Finder:
             n_experts = len(experts)
             if missing := sorted(set(range(n_experts)) - experts):
                 raise FormatError(f"{self.where}: {block}.experts has {n_experts} experts, but no number {missing[0]}")
+            self._check_matrices(block)
             if router is not None and router.shape[0] == n_experts + self.n_zero > n_experts:
                 raise UnsupportedModelError(
                     f"{self.where}: {router.name} has {router.shape[0]} rows for {n_experts} experts and {self.n_zero}"
@@ -261,6 +264,19 @@ class _Finder:
         if router is not None:
             return router.shape[0]
         return next(self.tensors[name].shape[0] if self.tensors[name].shape else 0 for name in self.fused[block])
+
+    def _check_matrices(self, block: str) -> None:
+        """Every expert has the matrices that the others have; types and scales may differ."""
+        held: dict[int, set[str]] = {}
+        for expert, _, suffix in self.single[block].values():
+            held.setdefault(expert, set()).add(suffix.rpartition(".")[0])
+        every = set().union(*held.values())
+        for expert, matrices in sorted(held.items()):
+            if lacking := sorted(every - matrices):
+                raise FormatError(
+                    f"{self.where}: {block}.experts.{expert} has no {lacking[0].removeprefix('.')}, which other experts"
+                    " beside it have"
+                )
 
     def follow(self, layer: int, block: str, n_experts: int) -> tuple[dict[str, Follows], list[str]]:
         """(the tensors of a block that depend on its experts, sentences about those that forbid pruning)."""
@@ -351,6 +367,17 @@ def _number(checkpoint: Checkpoint, blocks: list[str]) -> tuple[dict[int, str], 
     for rank, block in enumerate(sorted((block for block in blocks if block not in ordinary), key=_natural)):
         layers[first + rank] = block
     return dict(sorted(layers.items())), n_layers, tuple(layer for layer in sorted(layers) if layer >= n_layers)
+
+
+def _check_left_out(checkpoint: Checkpoint, n_layers: int) -> None:
+    """Where the index is gone by, what it does not name is no part of the model: prediction layers, tables that are
+    computed."""
+    for name, shard in checkpoint.difference.unnamed if checkpoint.trust == "index" else ():
+        if not is_of_prediction(name, n_layers) and not name.endswith(("rotary_emb.inv_freq", "masked_bias")):
+            raise FormatError(
+                f"{checkpoint.directory / INDEX}: cannot be gone by, it does not name {name[:80]} in {shard}, which is"
+                " not of a prediction (MTP) layer; --trust shards goes by the files"
+            )
 
 
 def is_apart(name: str) -> bool:
