@@ -218,6 +218,79 @@ def test_an_index_of_60_mb_takes_little_memory(tmp_path: Path, kind: str) -> Non
     assert int(peak_kib) < 200 * 1024
 
 
+TIMED = """
+import re, sys, time
+from pathlib import Path
+from reap.errors import FormatError
+from reap.hf.disk.discovery import find_weights
+from reap.hf.disk.safetensors_file import SafetensorsFile
+read = {"index": find_weights, "header": lambda folder: SafetensorsFile.open(folder / "model.safetensors").close()}
+started = time.process_time()
+try:
+    read[sys.argv[1]](Path(sys.argv[2]))
+    print("read")
+except FormatError as error:
+    print(error)
+print(time.process_time() - started)
+print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+NVFP4 = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+
+
+def names_of_experts(number: int) -> list[str]:
+    """As of a model of 60 layers of 384 experts, in four tensors a matrix."""
+    return [
+        f"model.layers.{i // 4608}.mlp.experts.{i // 12 % 384}.{('gate', 'up', 'down')[i // 4 % 3]}_proj.{NVFP4[i % 4]}"
+        for i in range(number)
+    ]
+
+
+def an_index(number: int, shard: str = "a.safetensors") -> str:
+    return json.dumps({"weight_map": {name: shard.format(i) for i, name in enumerate(names_of_experts(number))}})
+
+
+def a_header(number: int) -> str:
+    entry = {"dtype": "U8", "shape": [0, 7168, 2048], "data_offsets": [0, 0]}
+    return json.dumps(dict.fromkeys(names_of_experts(number), entry), separators=(",", ":"))
+
+
+LARGE = {
+    "an index of 300,000": ("index", lambda: an_index(300_000), "read"),
+    "as many names of files": ("index", lambda: an_index(300_000, "{:08}.safetensors"), "more than 4,096 files"),
+    "one wide character": (
+        "index",
+        lambda: an_index(300_000).replace("model", "\U0001f600", 1),
+        "no checkpoint has as",
+    ),
+    "a header of 100,000": ("header", lambda: a_header(100_000), "read"),
+    "a name that is not ASCII": ("header", lambda: a_header(30_000).replace("model", "\u00e9"), "read"),
+    "much metadata": (
+        "header",
+        lambda: json.dumps({"__metadata__": {f"{i:030}": str(i) for i in range(400_000)}}, separators=(",", ":")),
+        "expected at most 10,000",
+    ),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("case", LARGE)
+def test_the_largest_that_is_read_takes_a_second_and_200_mb(tmp_path: Path, case: str) -> None:
+    kind, text, expected = LARGE[case]
+    raw = text().encode()
+    if kind == "index":
+        (tmp_path / INDEX).write_bytes(raw)
+        (tmp_path / "a.safetensors").write_bytes(b"")
+    else:
+        (tmp_path / SINGLE).write_bytes(len(raw).to_bytes(8, "little") + raw)
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED, kind, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    said, seconds, peak_kib = done.stdout.splitlines()
+    assert expected in said
+    assert int(peak_kib) < 200 * 1024
+    assert float(seconds) < 2  # half a second to one on a machine that does nothing else
+
+
 def test_other_texts_of_a_checkpoint_are_bounded_as_well(tmp_path: Path) -> None:
     build(tmp_path / "in", qwen(), config())
     (tmp_path / "in" / CONFIG).write_text(

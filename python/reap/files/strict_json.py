@@ -184,6 +184,8 @@ class Bounds:
     """Members of objects."""
     values: int
     """Values of lists and objects, except the first of each."""
+    narrow: bool = False
+    """A text that is not ASCII may have a quarter of the size: one wide character, and Python spends 4 bytes on each."""
 
     def exceeded(self, raw: bytes, factor: int = 1) -> str | None:
         """What `raw` has more of than this times `factor`; None where there is nothing."""
@@ -196,7 +198,8 @@ class Bounds:
             found = sum(raw.count(sign) for sign in signs)
             if found > most * factor:
                 return f"{found:,} {things}, more than {most * factor:,}"
-        return f"{len(raw):,} bytes, more than {self.n_bytes * factor:,}" if len(raw) > self.n_bytes * factor else None
+        most_bytes = self.n_bytes * factor // (4 if self.narrow and not raw.isascii() else 1)
+        return f"{len(raw):,} bytes, more than {most_bytes:,}" if len(raw) > most_bytes else None
 
 
 def too_many(raw: bytes, factor: int = 1) -> str | None:
@@ -204,14 +207,16 @@ def too_many(raw: bytes, factor: int = 1) -> str | None:
     return Bounds(MAX_BYTES, MAX_CONTAINERS, MAX_CONTAINERS, MAX_VALUES).exceeded(raw, factor)
 
 
-def parse_json(raw: bytes | str, where: str, *, allow_constants: bool = False) -> Any:
+def parse_json(raw: bytes | str, where: str, *, allow_constants: bool = False, few_floats: bool = False) -> Any:
     """Strict JSON text to Python values; FormatError that begins with `where`. allow_constants: NaN and Infinity as
-    Python writes them."""
+    Python writes them. few_floats: what is read has many members and hardly a number with a point."""
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
         if allow_constants:
             return json.loads(text, object_pairs_hook=_object, parse_float=_finite)
-        # a hook for every number would take longer than all the rest
+        if few_floats:
+            return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse)
+        # a hook for every number with a point would take longer than all the rest
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse)
         _check_finite(value)
         return value
