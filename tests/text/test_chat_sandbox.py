@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ MEMORY = 600 << 20  # of address space: Python with jinja2 takes a third of it
 SECONDS = 60  # a hang is meant; what is slow is caught by the steps
 
 RUN = """
-import json, resource, sys
+import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
 from reap.errors import CalibrationError
 from reap.text.chat_template import ChatTemplate
+ChatTemplate("{{ 1 }}", origin="what loads jinja2")
 for path in sys.argv[2:]:
+    started = time.process_time()
     try:
         template = ChatTemplate(open(path).read(), origin="attack")
         answer = {"text": template.render([{"role": "user", "content": "question"}])[:2000]}
     except CalibrationError as error:
         answer = {"error": str(error)}
-    print(json.dumps({"path": path, **answer}), flush=True)
+    seconds = time.process_time() - started
+    print(json.dumps({"path": path, "seconds": seconds, **answer}), flush=True)
 """
 
 
@@ -57,6 +61,33 @@ def test_an_attack_ends_in_an_error(name: str, answers: dict[str, dict[str, Any]
     assert "error" in answer
     assert answer["error"].startswith("attack")
     assert "MemoryError" not in answer["error"]
+    assert answer["seconds"] < 1  # of processor time
+
+
+def test_what_is_too_much_is_too_much_in_a_conversation_as_well() -> None:
+    """Where a template is quick with the few words that it is tried with: all renderings of a conversation count
+    together."""
+    source = (
+        "{% for m in messages %}{{ m.role }}{{ m.content }}{% if 'question' in m.content %}"
+        "{% set l = range(9999)|list %}{% for i in range(40) %}{% set n = l|sum %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "question"} for i in range(8)]
+    template = ChatTemplate(source, origin="the template")
+    started = time.process_time()
+    with pytest.raises(CalibrationError):
+        template.read(messages, turns=True)
+    assert time.process_time() - started < 2
+
+
+def test_a_template_that_takes_too_much_is_tried_once() -> None:
+    template = ChatTemplate(
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", origin="x"
+    )
+    for _ in range(2):
+        started = time.process_time()
+        with pytest.raises(CalibrationError, match=r"x cannot render a message of three words: .* takes too"):
+            template.render(MESSAGES)
+    assert time.process_time() - started < 0.1
 
 
 @pytest.mark.parametrize("found", ["3.1.5", "3.0", "2.11.3", "3.1.5.post1"])

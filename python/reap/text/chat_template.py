@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # In no template, and such that no template has a reason to change it.
 _PROBE = "reap0probe1of2a3template"
+_PROBING_SECONDS = 0.4  # of processor time; the slowest template published takes 0.05
 _PROBE_TOOL: Tool = {
     "type": "function",
     "function": {
@@ -84,6 +85,7 @@ class ChatTemplate:
         self._now = now
         self.variables = _variables(dict(variables or {}), now) | {"bos_token": bos, "eos_token": eos}
         self._adapt = habits.adaptation(self.source)
+        self._refused: str | None = None
         self._gaps: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})  # without tools, with tools
         environment = sandbox(now)
         try:
@@ -104,7 +106,7 @@ class ChatTemplate:
         prepared = normalise_messages(messages)
         if habits.trims_contents(self.source):
             prepared = habits.trim(prepared)
-        can = self.capabilities
+        can = self._capabilities()
         if can.takes_strings != can.takes_parts:
             prepared = [
                 {**message, "content": _as_string(message) if can.takes_strings else _as_parts(message)}
@@ -153,7 +155,13 @@ class ChatTemplate:
 
         Raises CalibrationError as `render` does, and Unlocated as `render_turns` does.
         """
+        from reap.text.budget import limited
+
         conversation = self.prepare(messages, tools)
+        with limited(_seconds(_size(conversation.messages) + _size(conversation.tools), len(messages))):
+            return self._read(conversation, turns)
+
+    def _read(self, conversation: Conversation, turns: bool) -> Rendered:
         text = self.render_prepared(conversation)
 
         def render(some: Sequence[Message], prompt: bool) -> str:
@@ -203,14 +211,30 @@ class ChatTemplate:
         )
         return Capabilities(strings, parts, self._writes([{"role": "system", "content": system}, user]), objects)
 
+    def _capabilities(self) -> Capabilities:
+        """The same; CalibrationError where finding them out takes too much."""
+        from reap.text.budget import Exhausted, limited
+
+        if self._refused is None:
+            try:
+                with limited(_PROBING_SECONDS):
+                    return self.capabilities
+            except Exhausted as error:
+                self._refused = f"{self.origin} cannot render a message of three words: {_detail(error)}"
+        raise CalibrationError(self._refused)
+
     def _writes(self, messages: list[Message], tools: list[Tool] | None = None) -> bool:
         """Whether the probe in these messages is written, and not within Python's spelling of what it lies in."""
         text = self._try(messages, tools)
         return text is not None and _PROBE in text and f"'arg': '{_PROBE}'" not in text
 
     def _try(self, messages: list[Message], tools: list[Tool] | None = None) -> str | None:
+        from reap.text.budget import Exhausted
+
         try:
             return self._run(messages, tools, True, False)
+        except Exhausted:
+            raise
         except Exception:  # what a template cannot take it may refuse in any way
             return None
 
@@ -245,10 +269,11 @@ class ChatTemplate:
     def _run_once(
         self, template: jinja2.Template, messages: list[Message], variables: dict[str, Any], marked: bool
     ) -> str:
-        from reap.text.sandbox import Budget, frozen, spending
+        from reap.text.budget import Budget, limited, spending
+        from reap.text.sandbox import frozen
 
         size = _size(messages) + _size(variables.get("tools"))
-        with spending(Budget(size, len(messages), marked)):
+        with limited(_seconds(size, len(messages))), spending(Budget(size, len(messages), marked)):
             return template.render(messages=frozen(messages), **frozen(variables))
 
 
@@ -309,6 +334,11 @@ def _size(value: object) -> int:
     if isinstance(value, list):
         return sum(map(_size, list.__iter__(value))) + 1  # unnoticed by a `WatchedList`
     return 1
+
+
+def _seconds(n_characters: int, n_messages: int) -> float:
+    """Of processor time that one conversation may take: ten times what the slowest template published was seen to."""
+    return 0.25 + 0.001 * n_messages * n_messages + 1e-5 * n_characters
 
 
 def _detail(error: Exception) -> str:

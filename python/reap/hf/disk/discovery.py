@@ -20,8 +20,8 @@ from reap.files.strict_json import Bounds, Node, parse_json, shorten
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-#: A member and a value for each tensor. Kimi-K2 in NVFP4 (60 layers of 384 experts, three matrices each, of four tensors)
-#: has 277,000 and 30 MB of text. At these bounds an index is read in 190 MB and less than a second.
+#: A member and a value for each tensor. Kimi-K2 in NVFP4 (60 layers of 384 experts, three matrices each, of four
+#: tensors) has 277,000 and 30 MB of text. At these bounds an index is read in 190 MB and less than a second.
 _INDEX_BOUNDS = Bounds(n_bytes=40 << 20, containers=4096, members=327_680, values=327_680, narrow=True)
 _CONFIG_BOUNDS = Bounds(n_bytes=16 << 20, containers=100_000, members=100_000, values=1 << 20)
 _MOST_SHARDS = 4096

@@ -24,7 +24,7 @@ MAX_DIMS = 64
 MAX_TENSORS = 100_000
 _MAX_METADATA = 10_000
 #: Of a tensor the header has an object, two lists, four members, and its dimensions. A shard has some thousands of
-#: tensors, some tens of thousands where it has 50 GB; at these bounds a header is read in 190 MB and less than a second.
+#: tensors, some tens of thousands where it has 50 GB; at these bounds a header takes 190 MB and under a second.
 _BOUNDS = Bounds(
     n_bytes=18 << 20,
     containers=4 * MAX_TENSORS,
