@@ -19,7 +19,8 @@ import reap
 from helpers.sums import SUMS
 from helpers.torch_needs import absent
 from reap import hf
-from reap.errors import EngineError, Interrupted, MismatchError, UnsupportedModelError, UsageError
+from reap.errors import EngineError, Interrupted, MismatchError, ReapWarning, UnsupportedModelError, UsageError
+from reap.hf.disk.config import trained_context
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]  # torch and transformers warn about themselves
 
@@ -96,6 +97,42 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 # ---- the numbers
+
+
+@pytest.mark.parametrize("given_as", ["a folder", "in memory"])
+def test_the_usual_context_is_at_most_what_the_model_was_trained_for(given_as: str, tmp_path: Path) -> None:
+    model = built("qwen3moe")
+    trained = model.config.max_position_embeddings
+    assert trained == 256
+    long = [{"tokens": [1 + i % 90 for i in range(2 * trained + 10)]}]
+    if given_as == "a folder":
+        model.save_pretrained(tmp_path / "saved")
+        model = tmp_path / "saved"
+    usual, within = (hf.profile(model, long, **options) for options in ({}, {"ctx_size": trained}))
+    assert np.array_equal(usual.gated_norm_sum, within.gated_norm_sum)
+    assert "warnings" not in usual.engine
+    with pytest.warns(ReapWarning, match="ctx_size is 2,048, but the model was trained for 256 tokens"):
+        beyond = hf.profile(model, long, ctx_size=2048)
+    assert beyond.engine["warnings"] == ["ctx_size is 2,048, but the model was trained for 256 tokens"]
+    assert not np.array_equal(usual.gated_norm_sum, beyond.gated_norm_sum)
+
+
+@pytest.mark.parametrize(
+    ("config", "trained"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"text_config": {"max_position_embeddings": 512}, "vision_config": {"max_position_embeddings": 64}}, 512),
+        # scaled positions are trained for; those before the scaling are another key
+        ({"max_position_embeddings": 8192, "rope_scaling": {"original_max_position_embeddings": 512}}, 8192),
+        ({"max_position_embeddings": 512, "sliding_window": 64}, 512),
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": None, "seq_length": 300}, 300),
+        ({"max_position_embeddings": "512"}, 0),
+        ({}, 0),
+    ],
+)
+def test_what_a_configuration_says_of_its_training(config: dict[str, Any], trained: int) -> None:
+    assert trained_context(config) == trained
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])

@@ -43,7 +43,9 @@ PANEL = Panel("Commands")
 class TorchOptions:
     """How PyTorch runs a checkpoint."""
 
-    ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", help="Tokens of one window.")] = PROFILE_CTX_SIZE
+    ctx_size: Annotated[
+        int | None, typer.Option("--ctx-size", "-c", help="Tokens of one window.", show_default=str(PROFILE_CTX_SIZE))
+    ] = None
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", help="Tokens of one pass; as --ctx-size by default.")
     ] = None

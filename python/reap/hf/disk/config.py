@@ -54,6 +54,10 @@ ELSEWHERE = frozenset(
         "rope_scaling",
     }
 )
+_CONTEXT = (
+    "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length",
+    "n_ctx",
+)  # fmt: skip
 _MOST_NESTED = 8
 
 
@@ -104,6 +108,12 @@ def read_counts(checkpoint: Checkpoint, n_experts: int) -> ConfigCounts:
 def first_count(config: Mapping[str, Any], keys: Sequence[str]) -> int:
     """The first of `keys` that holds a number of at least one, outermost first; 0 where none does."""
     return next((value for _, value in _numbers(config, keys)), 0)
+
+
+def trained_context(config: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequence that the model was trained for, what scales its positions included; 0 where its
+    configuration does not say."""
+    return first_count(config, _CONTEXT)
 
 
 def _numbers(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[Path, int]]:

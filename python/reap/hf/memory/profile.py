@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap.errors import UnsupportedModelError, UsageError
+from reap.engine.options import PROFILE_CTX_SIZE
+from reap.errors import ReapWarning, UnsupportedModelError, UsageError
 from reap.files.arguments import divide, shows
 from reap.files.atomic import check_distinct, paths_of
 from reap.files.paths import PathLike
+from reap.files.strict_json import parse_json
 from reap.gguf.router_sketch import RouterSketch, to_record
 from reap.hf.dependencies import require_extra
-from reap.hf.disk.discovery import CONFIG
+from reap.hf.disk.config import trained_context
+from reap.hf.disk.discovery import CONFIG, read_text
 from reap.hf.disk.info import (
     Structure,
     identity_parts,
@@ -57,7 +61,7 @@ def profile(
     calibration: Source,
     *,
     tokenizer: Any = None,
-    ctx_size: int = 2048,
+    ctx_size: int | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
     checkpoint: PathLike | None = None,
@@ -74,7 +78,9 @@ def profile(
     Args:
         model: the folder of a checkpoint, or a transformers model in memory, which stays as it is (its own device,
             types and implementation of experts; the loading options are then refused).
-        calibration: as `reap.profile` takes it; so are `ctx_size`, `checkpoint`, `resume`, `checkpoint_seconds`.
+        calibration: as `reap.profile` takes it; so are `checkpoint`, `resume`, `checkpoint_seconds`.
+        ctx_size: tokens of one window; 2,048 by default, or what the model was trained for where that is less. More
+            than that is a ReapWarning, and in `profile.engine["warnings"]`.
         tokenizer: in place of the checkpoint's.
         batch_size: tokens of one pass, `ctx_size` by default; short samples share it, and what pads them reaches
             neither an expert nor the sums.
@@ -94,6 +100,9 @@ def profile(
     for_loading, for_text, for_until = divide("profile", options, LoadArguments, TextArguments, UntilArguments)
     check_until(**for_until)
     load = LoadOptions(**for_loading)
+    trained = _trained_context(model)
+    if ctx_size is None:
+        ctx_size = min(PROFILE_CTX_SIZE, trained or PROFILE_CTX_SIZE)
     source = Calibration(calibration, ctx_size=ctx_size, **for_text)
     batch_size = ctx_size if batch_size is None else batch_size
     if type(batch_size) is not int or batch_size < ctx_size:
@@ -115,11 +124,37 @@ def profile(
     first = subject.layers[0]
     until = Until.of({"n_experts": first.n_experts, "n_groups": first.n_group}, **for_until)
     session = _open_session(subject, batch_size)
+    said = _beyond(ctx_size, trained)
+    for warning in said:
+        warnings.warn(warning, ReapWarning, stacklevel=2)
     with _threads(threads), _evaluating(subject.model):
         result = measure(session, subject.tokenizer, source, keeper, progress, until)
     layers = [layer.index for layer in subject.layers]
     record, engine = subject.record(session.n_experts_used), subject.engine(load)
+    if said:
+        engine["warnings"] = said
     return make_profile(result, source, layers=layers, model=record, engine=engine, until=until)
+
+
+def _trained_context(model: Any) -> int:
+    """Of a folder or a model in memory; 0 where it does not say."""
+    if isinstance(model, str | os.PathLike):
+        folder = Path(model)
+        check_folder(folder)
+        config = parse_json(read_text(folder / CONFIG), str(folder / CONFIG), allow_constants=True)
+    else:
+        own: Any = getattr(model, "config", None)
+        config = own.to_dict() if hasattr(own, "to_dict") else None
+    return trained_context(config) if isinstance(config, dict) else 0
+
+
+def _beyond(ctx_size: int, trained: int) -> list[str]:
+    """A sentence where windows are longer than the model was trained for."""
+    return (
+        [f"ctx_size is {ctx_size:,}, but the model was trained for {trained:,} tokens"]
+        if 0 < trained < ctx_size
+        else []
+    )
 
 
 class _Subject:
