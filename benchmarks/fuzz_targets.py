@@ -131,8 +131,11 @@ def use_index(path: Path, _: Path) -> None:
     from reap.hf.disk.checkpoint_files import Checkpoint
 
     path.replace(path.parent / "checkpoint" / "model.safetensors.index.json")
-    with Checkpoint.open(path.parent / "checkpoint") as checkpoint:
-        checkpoint.side_files()
+    for trust in ("shards", "index"):
+        with Checkpoint.open(path.parent / "checkpoint", trust) as checkpoint:
+            for tensor in checkpoint.tensors:
+                checkpoint.read(tensor.name)
+            checkpoint.unnamed_files  # noqa: B018
 
 
 def use_template(path: Path, _: Path) -> None:

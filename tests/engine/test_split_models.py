@@ -37,7 +37,10 @@ def test_any_file_is_profiled_and_evaluated_as_the_first_is(shards: list[Path], 
     (tmp_path / "t.txt").write_text("several words of a text, " * 40)
     first = reap.profile(shards[0], tmp_path / "c.jsonl", ctx_size=64)
     loss = reap.evaluate(shards[0], tmp_path / "t.txt", ctx_size=64).perplexity
+    samples = [{"tokens": [1, 2, 3]}]
+    seen = reap.preview(shards[0], samples).to_dict()
     for shard in (shards[1], shards[-1]):
+        assert reap.preview(shard, samples).to_dict() == seen
         again = reap.profile(shard, tmp_path / "c.jsonl", ctx_size=64)
         np.testing.assert_array_equal(again.gated_norm_sum, first.gated_norm_sum)
         assert again.model == first.model

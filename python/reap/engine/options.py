@@ -89,7 +89,7 @@ class Listed:
     def check(self, name: str, value: object) -> tuple[Any, ...]:
         """A tuple of what was read."""
         items = (value,) if isinstance(value, str) else value
-        if not isinstance(items, Sequence):
+        if not isinstance(items, Sequence) or isinstance(items, bytes | bytearray):
             raise UsageError(f"{name} is {value!r}, expected a list of {self.form}")
         return tuple(self._item(name, item) for item in items)
 

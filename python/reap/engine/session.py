@@ -61,7 +61,7 @@ def open_session(
 def open_vocabulary(path: PathLike) -> SessionTokenizer:
     """A model's tokenizer without the model: in a moment, however large it is. Raises as `open_session`."""
     _check_types(path)
-    return SessionTokenizer(native.load().Vocabulary(os.fspath(path)))
+    return SessionTokenizer(native.load().Vocabulary(os.fspath(first_file(path))))
 
 
 def _check_types(path: PathLike) -> None:

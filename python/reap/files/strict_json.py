@@ -185,7 +185,7 @@ class Bounds:
     values: int
     """Values of lists and objects, except the first of each."""
     narrow: bool = False
-    """A text that is not ASCII may have a quarter of the size: with one wide character Python spends 4 bytes on each."""
+    """A text that is not ASCII may have a quarter of the size: with a wide character Python spends 4 bytes on each."""
 
     def exceeded(self, raw: bytes, factor: int = 1) -> str | None:
         """What `raw` has more of than this times `factor`; None where there is nothing."""
