@@ -831,7 +831,7 @@ def test_a_huge_header_costs_little(tmp_path: Path) -> None:
     with open(tmp_path / "in" / "model.safetensors", "wb") as file:
         file.write((101_000_000).to_bytes(8, "little") + b"{")
         file.truncate(8 + 101_000_000)
-    refuse(tmp_path, "33,554,432 are the most")
+    refuse(tmp_path, "18,874,368 are the most")
 
 
 def test_damaged_files_end_in_an_error_of_ours_or_in_a_sound_checkpoint(tmp_path: Path) -> None:
@@ -912,10 +912,10 @@ def test_hostile_configurations(tmp_path: Path, text: str, message: str) -> None
 
 
 def refuse(tmp_path: Path, message: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()  # of this process: other work on the machine does not count
     with pytest.raises(FormatError, match=message) as raised:
         prune(tmp_path / "in", tmp_path / "out", plan_of())
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert str(raised.value).startswith(str(tmp_path / "in"))
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 1000
