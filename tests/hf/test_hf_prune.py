@@ -873,7 +873,7 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "another kind of file": ({"weight_map": {"a": "config.json"}}, "beside the index"),
     "hidden": ({"weight_map": {"a": "..safetensors"}}, "beside the index"),
     "a number": ({"weight_map": {"a": 1}}, "should be a string"),
-    "nothing": ({"weight_map": {}}, "names 0 files"),
+    "nothing": ({"weight_map": {}}, "names no file"),
     "absent": ({"weight_map": {"a": "absent.safetensors"}}, "which is not there"),
     "a tensor that is not there": ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "in none of the files"),
 }
