@@ -403,6 +403,8 @@ def test_the_command(inputs: Path, job: Path, capsys: pytest.CaptureFixture[str]
     words = command(inputs, job)[3:]
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
+    # what the command line gives in so many words is what the library takes where nothing is given
+    assert lines[0].startswith(f"{job}: nothing was left to do")
     assert [line.split("  ")[0] for line in lines[1:]] == ["size", "cost", "criterion", "try next", "run"]
     assert lines[-1].split("  ", 1)[1].strip() == f"llama-server -m {job / 'm-pruned.gguf'}"
     assert main([*words, "--json"]) == 0

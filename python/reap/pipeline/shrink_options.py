@@ -7,12 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from reap.engine.options import EVALUATION_CTX_SIZE, PROFILE_CTX_SIZE, EngineArguments, EngineOptions
 from reap.errors import UsageError
 from reap.evaluation.keep_limits import parse_increase
-from reap.evaluation.plan_options import PlanArguments
+from reap.evaluation.plan_options import ChoiceArguments as SharedArguments
+from reap.evaluation.plan_options import PlanArguments, split_options
 from reap.files.arguments import divide
 from reap.files.paths import PathLike
 from reap.gguf.model_info import ModelInfo, require_moe
@@ -23,7 +24,7 @@ from reap.scores.profile import METRICS
 from reap.scores.ranking import Keep, resolve_keep
 from reap.text.evaluation_text import Text, text_files
 from reap.text.sources import Source, parts_of
-from reap.text.windows import TextArguments
+from reap.text.windows import Calibration, TextArguments
 
 if TYPE_CHECKING:
     pass
@@ -115,6 +116,8 @@ class ShrinkOptions:
         """Check what can be checked before anything runs. Raises what the steps would raise."""
         engine, texts, choice = divide("shrink", options, EngineArguments, TextArguments, SelectionArguments)
         plan = {name: choice.pop(name) for name in PlanArguments.__optional_keys__ if name in choice}
+        if "protect" in plan and not isinstance(plan["protect"], str):
+            plan["protect"] = list(plan["protect"])  # an iterator would be empty for the second step
         info = describe(model)
         require_moe(info)
         EngineOptions.of(engine, ctx_size=PROFILE_CTX_SIZE)
@@ -172,11 +175,17 @@ class ShrinkOptions:
 
     def plan_record(self) -> dict[str, Any]:
         """The options of the choice as JSON types."""
-        protect = self.plan.get("protect", ())
+        options = split_options(cast(SharedArguments, self.plan)).plan
+        protect = options["protect"]
         listed = (
             [protect] if isinstance(protect, str) else [list(it) if isinstance(it, tuple) else it for it in protect]
         )
-        return {**self.plan, "protect": listed, "metrics": list(self.metrics)}
+        return {**options, "protect": listed, "metrics": list(self.metrics)}
+
+    def text_record(self) -> dict[str, Any]:
+        """The options of the calibration, with what holds where nothing is given."""
+        known = inspect.signature(Calibration).parameters
+        return {name: known[name].default for name in sorted(TextArguments.__optional_keys__)} | self.texts
 
     def _typed_engine(self) -> EngineArguments:
         made: EngineArguments = {}

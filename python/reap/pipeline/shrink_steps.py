@@ -96,7 +96,8 @@ class ShrinkSteps:
         parts = [part for part in parts_of(self.options.calibration) if part.path is not None]
         digests = self.folder.contents.of_files([part.path for part in parts if part.path is not None])
         named = [[part.domain, str(part.path), digest] for part, digest in zip(parts, digests, strict=True)]
-        texts = {name: value if _is_json(value) else str(value) for name, value in self.options.texts.items()}
+        record = self.options.text_record()
+        texts = {name: value if _is_json(value) else str(value) for name, value in record.items()}
         template = self.options.texts.get("chat_template")
         if template is not None and os.path.isfile(template):
             texts["chat_template_sha256"] = self.folder.contents.sha256(template)

@@ -35,10 +35,10 @@ def cost_facts(sources: Sources) -> Iterator[tuple[str, str]]:
     if verdict is not None:
         margin = math.expm1(min(verdict.margin, 700))
         error = (1 + margin) * verdict.spread
-        sure = "clearly best" if verdict.clear else "first, but not clearly"
+        sure = f"clearly best with {keep} experts" if verdict.clear else f"first with {keep} experts, but not clearly"
         yield (
             verdict.metric,
-            f"is {sure} with {keep} experts: with {verdict.runner_up}, the next, perplexity is"
+            f"is {sure}: with {verdict.runner_up}, the next, perplexity is"
             f" {percent(margin, 1)} ± {percent(error, 1)} higher",
         )
 
