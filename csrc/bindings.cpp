@@ -169,8 +169,26 @@ py::list generate(Session & session, const std::vector<AsPrompt> & asked, float 
     return result;
 }
 
-void set_kept(Session & session, const std::optional<reap::RouterMask::Kept> & kept) {
-    run(session, [&] { session.set_kept(kept); });
+// By layer that selects its experts by token id: (tokens, Σ v [n_experts], Σ v·w [n_experts, n_experts]) of the router's values.
+py::dict router_likeness(const Session & session) {
+    py::dict found;
+    for (const auto & [layer, likeness] : session.collector().likeness()) {
+        const auto & sums = likeness.sums();
+        const auto n = static_cast<py::ssize_t>(likeness.n_experts());
+        auto products = to_numpy(sums.products, {n, n});
+        auto both = products.mutable_unchecked<2>();
+        for (py::ssize_t i = 0; i < n; ++i) {
+            for (py::ssize_t j = 0; j < i; ++j) {
+                both(j, i) = both(i, j);
+            }
+        }
+        found[py::int_(layer)] = py::make_tuple(sums.n_tokens, to_numpy(sums.values, {n}), products);
+    }
+    return found;
+}
+
+void set_kept(Session & session, const std::optional<reap::RouterMask::Kept> & kept, const reap::RouterMask::Substitutes & substitutes) {
+    run(session, [&] { session.set_kept(kept, substitutes); });
 }
 
 // Owner: Session or Vocabulary
@@ -429,7 +447,8 @@ void define_what_a_session_does(SessionClass & session) {
         .def("score_continuations", &score_continuations, py::arg("questions"))
         .def("generate", &generate, py::arg("prompts"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"))
         .def("sees_the_future", &sees_the_future)
-        .def("set_kept", &set_kept, py::arg("kept").none(true));
+        .def("router_likeness", &router_likeness)
+        .def("set_kept", &set_kept, py::arg("kept").none(true), py::arg("substitutes") = reap::RouterMask::Substitutes());
 }
 
 }  // namespace

@@ -7,6 +7,13 @@
 
 namespace reap {
 
+namespace {
+
+// What the gates are made of: the router's values for each expert, before any of them is selected.
+constexpr std::string_view ROUTER_VALUES = "ffn_moe_probs";
+
+}  // namespace
+
 bool Collector::callback(ggml_tensor * node, bool ask, void * self) {
     auto & collector = *static_cast<Collector *>(self);
     try {
@@ -75,6 +82,8 @@ bool Collector::on_ask(ggml_tensor * node) {
             }
             state.weights = node;
             return plan.stop_at_weights;
+        case Role::Scores:
+            return plan.by_token && name.kind == ROUTER_VALUES;
         default:
             return name.kind == plan.output;
     }
@@ -110,6 +119,8 @@ bool Collector::on_stop(ggml_tensor * node) {
     } else if (name.role == Role::Weights) {
         reader_.read_f32(node, state.gates);
         state.have_weights = true;
+    } else if (name.role == Role::Scores) {
+        compare_values(name.layer, state, node);
     } else {
         try {
             gather(plan, state, node);
@@ -121,6 +132,21 @@ bool Collector::on_stop(ggml_tensor * node) {
     stats_.stops += 1;
     stats_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return !stopped_;
+}
+
+// Comes before the layer's output, so that the layer has not yet seen these tokens.
+void Collector::compare_values(int layer, const LayerState & state, const ggml_tensor * values) {
+    RouterLikeness & likeness = likeness_.at(layer);
+    reader_.read_f32(values, floats_);
+    const size_t n_tokens = floats_.size() / likeness.n_experts();
+    if (static_cast<size_t>(values->ne[0]) != likeness.n_experts() || state.tokens_seen + n_tokens > n_tokens_) {
+        throw EngineError(in_layer(layer) + values->name + " does not have a value for each expert and token");
+    }
+    for (size_t t = 0; t < n_tokens; ++t) {
+        if (groups_[state.tokens_seen + t] != Saliency::NOT_COUNTED) {
+            likeness.add(floats_.data() + t * likeness.n_experts());
+        }
+    }
 }
 
 void Collector::gather(const LayerPlan & plan, LayerState & state, const ggml_tensor * output) {
@@ -171,6 +197,12 @@ void Collector::end_survey(const std::vector<int> & layers, size_t n_experts) {
     plans_ = graph_.plan(layers);
     last_layer_ = graph_.last_layer();
     saliency_ = std::make_unique<Saliency>(layers.size(), n_experts);
+    likeness_.clear();
+    for (const auto & [layer, plan] : plans_) {
+        if (plan.by_token) {
+            likeness_.emplace(layer, n_experts);
+        }
+    }
     units_ = 0;
     graph_.clear();
 }
@@ -207,6 +239,9 @@ void Collector::end_batch() {
 void Collector::commit(int64_t n_units) {
     if (saliency_) {
         saliency_->commit();
+        for (auto & [layer, likeness] : likeness_) {
+            likeness.commit();
+        }
         units_ += n_units;
     }
 }
@@ -224,6 +259,9 @@ void Collector::discard() noexcept {
     abandoned_ = false;
     if (saliency_) {
         saliency_->discard();
+        for (auto & [layer, likeness] : likeness_) {
+            likeness.discard();
+        }
     }
 }
 

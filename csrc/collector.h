@@ -7,6 +7,7 @@
 
 #include "ggml.h"
 #include "moe_graph.h"
+#include "router_likeness.h"
 #include "router_mask.h"
 #include "saliency.h"
 #include "tensor_read.h"
@@ -63,6 +64,8 @@ class Collector {
     void rethrow();
 
     const Saliency & saliency() const;
+    // By layer, of those whose experts are selected by token id.
+    const std::map<int, RouterLikeness> & likeness() const { return likeness_; }
     const CollectorStats & stats() const { return stats_; }
     size_t bytes_read() const { return reader_.bytes_read(); }
 
@@ -84,6 +87,7 @@ class Collector {
     bool on_ask(ggml_tensor * node);
     void begin_graph();
     bool on_stop(ggml_tensor * node);
+    void compare_values(int layer, const LayerState & state, const ggml_tensor * values);
     void gather(const LayerPlan & plan, LayerState & state, const ggml_tensor * output);
 
     Mode mode_ = Mode::Idle;
@@ -106,6 +110,7 @@ class Collector {
     std::vector<float>        hidden_, floats_;
     std::vector<double>       norms_;
     std::unique_ptr<Saliency> saliency_;
+    std::map<int, RouterLikeness> likeness_;
     int64_t                   units_ = 0;
     CollectorStats            stats_;
 };

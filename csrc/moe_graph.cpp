@@ -40,6 +40,10 @@ const ggml_tensor * ids_of(const ggml_tensor * output) {
     }
 }
 
+bool are_looked_up(const ggml_tensor * ids) {
+    return ids->op == GGML_OP_GET_ROWS && std::string_view(ids->src[0]->name).find("ffn_gate_tid2eid") != std::string_view::npos;
+}
+
 void MoeGraph::clear() {
     seen_.clear();
     last_layer_ = -1;
@@ -148,6 +152,7 @@ LayerPlan MoeGraph::plan_layer(int layer) const {
         throw UnsupportedError(in_layer(layer) + "found experts without " + (weights == nullptr ? "a gate" : "a product with their gate"));
     }
     const ggml_tensor * ids = ids_of(seen_[output].tensor);
+    plan.by_token = ids != nullptr && are_looked_up(ids);
     plan.stop_at_ids = ids == nullptr || !read_later(ids, output);
     plan.stop_at_weights = !read_later(weights, output);
     plan.gate_in_norm = gated < output;

@@ -20,10 +20,14 @@ struct LayerPlan {
     bool        stop_at_ids = false;
     bool        stop_at_weights = false;
     bool        gate_in_norm = false;  // the gate multiplies the experts' input
+    bool        by_token = false;      // its experts are selected by token id; the router's values are read as well
 };
 
 // The ids that an expert output was computed with. A per-expert scale puts a MUL after the MUL_MAT_ID; a bias an ADD_ID.
 const ggml_tensor * ids_of(const ggml_tensor * output);
+
+// Whether the ids are looked up in a table by token (DeepSeek-V4's first layers), not selected by the router.
+bool are_looked_up(const ggml_tensor * ids);
 
 class MoeGraph {
   public:

@@ -11,6 +11,8 @@ namespace reap {
 
 namespace {
 
+constexpr const char * IDS = "ffn_moe_topk";
+
 // Whether a node hands on the −inf of a masked source as it is, whatever its other source holds: a bias is added, or some of the tokens
 // are picked.
 bool hands_on(const ggml_tensor * tensor, const std::vector<const ggml_tensor *> & masked) {
@@ -140,7 +142,9 @@ RouterMask::Layer RouterMask::learn_layer(int layer, const Nodes & nodes) {
         }
         learnt.targets.push_back({nodes.kinds[i], 0});
     }
-    if (const ggml_tensor * source = unmasked_source(nodes.ids, nodes.targets)) {
+    learnt.by_token = are_looked_up(nodes.ids);
+    const ggml_tensor * selecting = learnt.by_token ? nullptr : unmasked_source(nodes.ids, nodes.targets);
+    if (const ggml_tensor * source = selecting) {
         throw UnsupportedError(in_layer(layer) + "its experts are selected by " + source->name + " as well as by the router, so that removing experts can only be tried by writing the file");
     }
     std::vector<const ggml_tensor *> known = nodes.targets;
@@ -148,10 +152,53 @@ RouterMask::Layer RouterMask::learn_layer(int layer, const Nodes & nodes) {
     if (const ggml_tensor * source = unmasked_source(nodes.weights, known)) {
         throw UnsupportedError(in_layer(layer) + "its gates depend on " + source->name + " as well as on the router, so that removing experts can only be tried by writing the file");
     }
+    if (learnt.by_token) {
+        learnt.targets.push_back({IDS, 0});
+    }
     return learnt;
 }
 
-void RouterMask::set_kept(const Kept & kept) {
+// Each removed expert has as many kept ones to choose from as a token has experts, so that one is always left that it does not have.
+void RouterMask::check_substitutes(int layer, const Layer & learnt) {
+    const std::set<int32_t> removed(learnt.removed.begin(), learnt.removed.end());
+    for (const int32_t expert : learnt.removed) {
+        const auto found = learnt.substitutes.find(expert);
+        if (found == learnt.substitutes.end()) {
+            throw UnsupportedError(in_layer(layer) + "its experts are selected by token id, and nothing says which expert takes the place of expert " +
+                                   std::to_string(expert));
+        }
+        std::set<int32_t> usable;
+        for (const int32_t other : found->second) {
+            if (other < 0 || static_cast<size_t>(other) >= learnt.n_experts || removed.count(other) != 0) {
+                throw UsageError(in_layer(layer) + "expert " + std::to_string(other) + " cannot take the place of expert " + std::to_string(expert) +
+                                 ": it is not among those that stay");
+            }
+            usable.insert(other);
+        }
+        if (usable.size() < learnt.n_used) {
+            throw UsageError(in_layer(layer) + "names " + std::to_string(usable.size()) + " experts that may take the place of expert " +
+                             std::to_string(expert) + ", but a token goes to " + std::to_string(learnt.n_used));
+        }
+    }
+}
+
+void RouterMask::rewrite_ids(const Layer & layer, ggml_tensor * ids) {
+    rewrite_i32(ids, [&](std::vector<int32_t> & values) {
+        for (auto row = values.begin(); row != values.end(); row += static_cast<std::ptrdiff_t>(layer.n_used)) {
+            const auto end = row + static_cast<std::ptrdiff_t>(layer.n_used);
+            for (auto id = row; id != end; ++id) {
+                const auto found = layer.substitutes.find(*id);
+                if (found != layer.substitutes.end()) {
+                    // a removed id is never a candidate, so those that are still to be replaced do not get in the way
+                    const auto & order = found->second;
+                    *id = *std::find_if(order.begin(), order.end(), [&](int32_t other) { return std::find(row, end, other) == end; });
+                }
+            }
+        }
+    });
+}
+
+void RouterMask::set_kept(const Kept & kept, const Substitutes & substitutes) {
     lift();
     for (const auto & [layer, ids] : kept) {
         if (layers_.count(layer) == 0) {
@@ -168,13 +215,18 @@ void RouterMask::set_kept(const Kept & kept) {
         if (n_kept < learnt.n_used) {
             throw UsageError(in_layer(layer) + "keeps " + std::to_string(n_kept) + " experts, but each token goes to " + std::to_string(learnt.n_used));
         }
+        const auto said = substitutes.find(layer);
+        learnt.substitutes = said == substitutes.end() ? std::map<int32_t, std::vector<int32_t>>() : said->second;
+        if (learnt.by_token) {
+            check_substitutes(layer, learnt);
+        }
     }
     in_force_ = true;
 }
 
 RouterMask::Target * RouterMask::find(const ggml_tensor * node) {
     const NodeName name = parse_node_name(node->name);
-    if (name.role != Role::Scores && name.role != Role::Selection) {
+    if (name.role != Role::Scores && name.role != Role::Selection && name.role != Role::Ids) {
         return nullptr;
     }
     const auto layer = layers_.find(name.layer);
@@ -193,6 +245,11 @@ bool RouterMask::wants(const ggml_tensor * node) {
 void RouterMask::apply(ggml_tensor * node) {
     Target * target = find(node);
     const Layer & layer = layers_.at(parse_node_name(node->name).layer);
+    if (target->kind == IDS) {
+        rewrite_ids(layer, node);
+        target->n_rows += static_cast<size_t>(ggml_nrows(node));
+        return;
+    }
     if (static_cast<size_t>(node->ne[0]) != layer.n_experts) {
         throw EngineError(std::string(node->name) + " has " + std::to_string(node->ne[0]) + " experts where the survey saw " + std::to_string(layer.n_experts));
     }

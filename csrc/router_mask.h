@@ -20,6 +20,9 @@ class RouterMask {
   public:
     // By layer, the ids of its experts that stay.
     using Kept = std::map<int, std::vector<int32_t>>;
+    // By layer whose experts are selected by token id: for each removed expert those that take its place, best first. The first that a
+    // token does not have already is taken.
+    using Substitutes = std::map<int, std::map<int32_t, std::vector<int32_t>>>;
 
     // The survey: begin, decode a few tokens, end. Once for a model.
     void begin_survey();
@@ -27,8 +30,9 @@ class RouterMask {
     void abandon_survey() noexcept;
     bool is_learnt() const { return !layers_.empty(); }
 
-    // UsageError where `kept` is not of this model's layers, or leaves too few experts.
-    void set_kept(const Kept & kept);
+    // UsageError where `kept` is not of this model's layers, or leaves too few experts; UnsupportedError where a layer selects by token id
+    // and `substitutes` says nothing about it.
+    void set_kept(const Kept & kept, const Substitutes & substitutes);
     void lift() { in_force_ = false; }
     bool in_force() const { return in_force_; }
 
@@ -54,6 +58,8 @@ class RouterMask {
         size_t               n_used = 0;
         std::vector<Target>  targets;
         std::vector<int32_t> removed;
+        bool                 by_token = false;  // its experts are looked up by token id
+        std::map<int32_t, std::vector<int32_t>> substitutes;
     };
 
     // One layer's nodes in the survey.
@@ -68,6 +74,8 @@ class RouterMask {
 
     static void add_node(Nodes & nodes, const NodeName & name, const ggml_tensor * tensor);
     static Layer learn_layer(int layer, const Nodes & nodes);
+    static void check_substitutes(int layer, const Layer & learnt);
+    static void rewrite_ids(const Layer & layer, ggml_tensor * ids);
     Target * find(const ggml_tensor * node);
 
     bool surveying_ = false;

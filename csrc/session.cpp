@@ -173,7 +173,7 @@ void Session::start_profile(const std::vector<int> & layers, size_t n_experts) {
     });
 }
 
-void Session::set_kept(const std::optional<RouterMask::Kept> & kept) {
+void Session::set_kept(const std::optional<RouterMask::Kept> & kept, const RouterMask::Substitutes & substitutes) {
     if (!kept) {
         mask_.lift();
         return;
@@ -193,7 +193,7 @@ void Session::set_kept(const std::optional<RouterMask::Kept> & kept) {
             }
         });
     }
-    mask_.set_kept(*kept);
+    mask_.set_kept(*kept, substitutes);
 }
 
 void Session::set_poll(std::function<bool()> poll) {

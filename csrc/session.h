@@ -63,7 +63,8 @@ class Session {
     const Collector & collector() const { return collector_; }
 
     // Virtual pruning: from now on as if each layer had only the experts that `kept` says; nothing: all of them again.
-    void set_kept(const std::optional<RouterMask::Kept> & kept);
+    // `substitutes`: who takes a removed expert's place in the layers that select by token id.
+    void set_kept(const std::optional<RouterMask::Kept> & kept, const RouterMask::Substitutes & substitutes);
 
     // Runs a batch without collecting anything: all logits, or the last token's alone. What a profile is measured against.
     void forward(const TokenBatch & batch, bool all_logits);

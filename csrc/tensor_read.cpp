@@ -172,6 +172,14 @@ void fill_columns(ggml_tensor * t, const std::vector<int32_t> & columns, float v
     ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
 }
 
+void rewrite_i32(ggml_tensor * t, const std::function<void(std::vector<int32_t> &)> & change) {
+    require(t->type == GGML_TYPE_I32 && ggml_is_contiguous(t), t, "contiguous whole numbers of 32 bits");
+    std::vector<int32_t> values(static_cast<size_t>(ggml_nelements(t)));
+    ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
+    change(values);
+    ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
+}
+
 void TensorReader::read_row_norms(const ggml_tensor * t, std::vector<double> & norms) {
     require(t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1, t, "rows of 32-bit floats");
     const size_t n_row = static_cast<size_t>(t->ne[0]);

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <vector>
@@ -55,6 +56,9 @@ class TensorReader {
 
 // Writes `value` into some columns of every row of a contiguous F32 matrix, wherever it lives.
 void fill_columns(ggml_tensor * rows, const std::vector<int32_t> & columns, float value);
+
+// Lets `change` rewrite the values of a contiguous I32 tensor, wherever it lives.
+void rewrite_i32(ggml_tensor * tensor, const std::function<void(std::vector<int32_t> & values)> & change);
 
 // Σ x² of n floats, accumulated in double precision.
 double sum_of_squares(const float * x, size_t n);

@@ -274,10 +274,16 @@ class Session:
     def sees_the_future(self) -> bool:
         """Whether what the model says at a position depends on later tokens (diffusion models): tried on 8 tokens."""
 
-    def set_kept(self, kept: dict[int, list[int]] | None) -> None:
+    def router_likeness(self) -> dict[int, tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
+        """By layer whose experts are selected by token id, of the tokens that this session committed: how many, and of
+        the router's values v Σ v float64 [n_experts] and Σ v·w float64 [n_experts, n_experts]."""
+
+    def set_kept(self, kept: dict[int, list[int]] | None, substitutes: dict[int, dict[int, list[int]]] = ...) -> None:
         """From now on run as if each MoE layer (GGUF block index) had only the experts `kept[layer]`; None: all of them
         again.
 
+        substitutes: of each layer whose experts are selected by token id, removed expert -> at least as many kept ones
+        as a token has, best first; the first that the token does not have takes the place.
         In force for everything that runs the model. After each batch it is checked that every layer was masked for
         every token. `UnsupportedModelError` for a model whose routing depends on more than its router's values,
         `UsageError` for layers or ids that the model does not have, or fewer experts than a token goes to.

@@ -193,12 +193,12 @@ static void test_router_mask() {
     RouterMask mask;
     survey(mask, routing.nodes(routing.biased, routing.probs));
     CHECK(mask.is_learnt() && !mask.in_force() && !mask.wants(routing.logits));
-    CHECK(throws<UsageError>([&] { mask.set_kept({}); }));
-    CHECK(throws<UsageError>([&] { mask.set_kept({{3, {1}}}); }));
-    CHECK(throws<UsageError>([&] { mask.set_kept({{3, {1, 6}}}); }));
-    CHECK(throws<UsageError>([&] { mask.set_kept({{3, {1, 2}}, {4, {1, 2}}}); }));
+    CHECK(throws<UsageError>([&] { mask.set_kept({}, {}); }));
+    CHECK(throws<UsageError>([&] { mask.set_kept({{3, {1}}}, {}); }));
+    CHECK(throws<UsageError>([&] { mask.set_kept({{3, {1, 6}}}, {}); }));
+    CHECK(throws<UsageError>([&] { mask.set_kept({{3, {1, 2}}, {4, {1, 2}}}, {}); }));
     CHECK(!mask.in_force());
-    mask.set_kept({{3, {5, 1, 2}}});
+    mask.set_kept({{3, {5, 1, 2}}}, {});
     CHECK(mask.wants(routing.logits) && mask.wants(routing.biased) && !mask.wants(routing.probs));
 
     const auto fill = [](ggml_tensor * t) { std::fill_n(static_cast<float *>(t->data), ggml_nelements(t), 1.0f); };

@@ -116,14 +116,14 @@ void test_model(const std::string & path, size_t n_experts, const std::vector<in
             kept[layer].push_back(static_cast<int32_t>(expert));
         }
     }
-    session.set_kept(kept);
+    session.set_kept(kept, {});
     CHECK(logits(session, tokens, 0) != whole);
     asked = false;
     session.set_poll([&] { return asked = true; });
     CHECK(throws<Interrupted>([&] { logits(session, tokens, 0); }));
     CHECK(asked);
     session.set_poll(nullptr);
-    session.set_kept(std::nullopt);
+    session.set_kept(std::nullopt, {});
     CHECK(logits(session, tokens, 0) == whole);
 }
 

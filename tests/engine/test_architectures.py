@@ -6,7 +6,6 @@ Each model is run in a process of its own (`architecture_check.py`), two at a ti
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from helpers.architectures import (
     has_experts,
     write_models,
 )
+from helpers.engine_architectures import with_experts
 from helpers.llama_tools import ROOT, find_tool, missing, require_tool, source_directory
 
 SUPPORTED = [name for name in MOE if name not in REFUSED]
@@ -107,28 +107,10 @@ def test_no_architecture_with_experts_is_forgotten() -> None:
     if source is None:
         missing("the sources of llama.cpp's programs are not known")
     assert find_tool("test-llama-archs")
-    names = dict(re.findall(r'\{ (LLM_ARCH_\w+),\s*"([^"]+)"', (source / "src/llama-arch.cpp").read_text()))
-    bases = dict(
-        re.findall(r"struct llama_model_(\w+) : public llama_model_(\w+)", (source / "src/models/models.h").read_text())
-    )
-    loading = re.compile(r"FFN_(DOWN|UP)_EXPS|gate_up_exps\(")
-    classes = {
-        path.stem.replace("-", "_"): bool(loading.search(path.read_text()))
-        for path in (source / "src/models").glob("*.cpp")
-    }
-
-    def loads_experts(name: str | None) -> bool:
-        return name is not None and (classes.get(name, False) or loads_experts(bases.get(name)))
-
-    with_experts: set[str] = set()
-    for cases, name in re.findall(
-        r"((?:case LLM_ARCH_\w+:\s*)+)return new llama_model_(\w+)\(", (source / "src/llama-model.cpp").read_text()
-    ):
-        if loads_experts(name):
-            with_experts.update(names[case] for case in re.findall(r"LLM_ARCH_\w+", cases))
-    assert len(with_experts) > 60
+    found = with_experts(source)
+    assert len(found) > 60
     # Granite Switch, which llama.cpp's program leaves out as well, loads no experts in this version
-    assert with_experts == {*MOE, *DENSE, *NOT_GENERATED, *SHARES_CODE} - {"graniteswitch"}
+    assert found == {*MOE, *DENSE, *NOT_GENERATED, *SHARES_CODE} - {"graniteswitch"}
 
 
 def test_the_documentation_names_every_architecture() -> None:

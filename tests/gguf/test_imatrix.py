@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import reap
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from helpers.gguf_builder import build_moe
 from helpers.imatrices import (
@@ -23,7 +24,7 @@ from helpers.imatrices import (
 )
 from helpers.llama_tools import require_tool
 from reap.errors import FormatError, MismatchError, OutputError, UsageError
-from reap.gguf.imatrix import Experts, read_imatrix
+from reap.gguf.imatrix import Experts, other_forms, read_imatrix
 from reap.gguf.model_info import inspect
 from reap.pruning import verification
 from reap.pruning.gguf import prune
@@ -235,3 +236,41 @@ def test_the_random_matrix_has_an_expert_that_was_never_seen() -> None:
     sums, counts = matrix_values({"a": (4, 8)})["a"]
     assert counts[1] == 0
     assert not sums[1].any()
+
+
+FORMS = {"merged": True, "separate": False}
+
+
+@pytest.mark.parametrize("of_model", FORMS)
+@pytest.mark.parametrize("write", [write_gguf_imatrix, write_legacy_imatrix])
+def test_gate_and_up_in_one_tensor_or_two(of_model: str, write: Any, tmp_path: Path) -> None:
+    """A matrix of the model converted in the other way is cut, and quantises to types that cannot do without one."""
+    sizes = dict(n_embd=256, n_ff=256, n_vocab=32, n_layers=2)
+    merged = FORMS[of_model]
+    source = build_moe(tmp_path / "m.gguf", expert_type=GGMLQuantizationType.F16, fused=merged, **sizes)
+    other = build_moe(tmp_path / "o.gguf", expert_type=GGMLQuantizationType.F16, fused=not merged, **sizes)
+    suffix = ".imatrix.gguf" if write is write_gguf_imatrix else ".imatrix"
+    matrix = write(tmp_path / f"m{suffix}", sizes_of(other), seed=5)
+    report = prune(source, tmp_path / "s.gguf", plan_for(source), imatrix=matrix, verify="full")
+    assert not [warning for warning in report.warnings if "says nothing" in warning]
+
+    with read_imatrix(matrix) as before, read_imatrix(tmp_path / f"s{suffix}") as after:
+        expected = {tensor.name for tensor in GGUFReader(tmp_path / "s.gguf").tensors if "_exps.weight" in tensor.name}
+        assert expected <= set(after.entries)
+        for name in expected:
+            was = next(form for form in (name, *other_forms(name)) if form in before.entries)
+            rows = np.frombuffer(before.values(was)[0], dtype="<f4").reshape(8, -1)
+            assert after.values(name)[0] == rows[kept_of(name)].tobytes()
+            assert after.entries[name].n_values == len(KEPT[0]) * rows.shape[1]
+        assert after.origin() == before.origin()
+
+    for model, its_matrix in ((source, matrix), (tmp_path / "s.gguf", tmp_path / f"s{suffix}")):
+        done = reap.quantize(model, tmp_path / "q.gguf", "IQ2_XXS", imatrix=its_matrix, force=True)
+        assert done.tensor_types["IQ2_XXS"] > 0
+    tool = require_tool("llama-quantize")
+    command = [str(tool), "--imatrix", str(tmp_path / f"s{suffix}"), str(tmp_path / "s.gguf"), str(tmp_path / "l.gguf")]
+    made = subprocess.run([*command, "IQ2_XXS", "1"], capture_output=True, text=True, timeout=300, check=False)
+    assert made.returncode == 0, made.stderr[-2000:]
+    ours = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(tmp_path / "q.gguf").tensors}
+    for tensor in GGUFReader(tmp_path / "l.gguf").tensors:
+        np.testing.assert_array_equal(ours[tensor.name], tensor.data)

@@ -343,7 +343,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
 
 NATIVE_RANKS = [
     {"assertion_guard", "errors", "free_memory", "log_sink", "node_names"},
-    {"devices", "memory_guard", "moe_graph", "quantizer", "saliency", "tensor_read"},
+    {"devices", "memory_guard", "moe_graph", "quantizer", "router_likeness", "saliency", "tensor_read"},
     {"big_stack", "router_mask", "session_options"},
     {"collector", "tokenizer"},
     {"context"},

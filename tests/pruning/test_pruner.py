@@ -172,7 +172,7 @@ def test_only_the_expert_count_changes_and_provenance_is_added(tmp_path: Path) -
         "test.wide": (GGUFValueType.UINT64, 8),
     }
     source = build_moe(tmp_path / "m.gguf", keys=keys, tokenizer="words", n_vocab=300)
-    output = pruned(source)
+    output = pruned(source, keep_label=True)
     before, after = keys_of(source), keys_of(output)
     assert list(after)[: len(before)] == list(before)
     added = {key: after.pop(key) for key in list(after)[len(before) :]}
@@ -196,7 +196,7 @@ def test_what_is_not_patched_is_byte_identical(tmp_path: Path) -> None:
     start, end = 24, content.index(b"token_embd.weight") - 8
     patched = content[start:end].replace(count, count[:-4] + (4).to_bytes(4, "little"))
     assert patched != content[start:end]
-    assert pruned(source).read_bytes()[start : start + len(patched)] == patched
+    assert pruned(source, keep_label=True).read_bytes()[start : start + len(patched)] == patched
 
 
 @pytest.mark.parametrize("kind", [GGUFValueType.UINT8, GGUFValueType.INT32, GGUFValueType.UINT16, GGUFValueType.UINT64])
@@ -216,11 +216,11 @@ def test_a_count_of_used_experts_per_layer_stays_as_it_is(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("has_name", [True, False])
-def test_the_name_changes_only_when_asked(tmp_path: Path, has_name: bool) -> None:
+def test_the_name_says_how_many_experts_are_left(tmp_path: Path, has_name: bool) -> None:
     source = build_moe(tmp_path / "m.gguf")
     if not has_name:
         source.write_bytes(source.read_bytes().replace(b"general.name", b"general.nome"))
-    assert keys_of(pruned(source)).get("general.name") == (([8], "tiny") if has_name else None)
+    assert keys_of(pruned(source)).get("general.name") == (([8], "tiny (REAP, 4 of 8 experts)") if has_name else None)
     renamed = keys_of(pruned(source, name="tiny, pruned", force=True))
     assert renamed["general.name"] == ([8], "tiny, pruned")
 
@@ -451,7 +451,7 @@ def test_a_dense_model_and_an_unknown_tensor_are_unsupported(tmp_path: Path) -> 
     [
         ("grovemoe", {"blk.0.ffn_up_chexps.weight": (4, 8, 32)}, "gives group c the gate of expert c"),
         ("refact", {}, "its graph never runs them"),
-        ("deepseek4", {"blk.0.ffn_gate_tid2eid.weight": (64, 2)}, "hash routing"),
+        ("deepseek4", {"blk.0.ffn_gate_tid2eid.weight": (64, 2)}, "holds ids of experts as F32"),
     ],
 )
 def test_families_that_cannot_be_cut_are_refused_by_name(

@@ -35,7 +35,7 @@ from reap.cli.options import (
     parse_time,
 )
 from reap.cli.show import print_facts, print_json, progress_bar
-from reap.cli.summary import plan_facts, plan_figures
+from reap.cli.summary import engine_facts, plan_facts, plan_figures
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineArguments
 from reap.errors import UsageError
 from reap.files.formatting import bytes_text, ranges_text
@@ -171,7 +171,8 @@ def plan(
             {"n_bytes_before": sizes[0], "n_bytes_after": sizes[1]} if sizes else {}
         )
         return print_json(made.to_dict() | figures)
-    print_facts(_plan_facts(made, output, sizes) + plan_facts(measured, made))
+    counts = engine_facts(made.keep, measured.n_groups)
+    print_facts(_plan_facts(made, output, sizes) + plan_facts(measured, made) + counts)
     if output is None:
         print_advice("the same with -o plan.json, which keeps it")
     elif search.refine is not None:
@@ -299,12 +300,33 @@ class ImatrixFiles:
     ] = None
 
 
+@dataclass(frozen=True)
+class HeaderChanges:
+    """What changes besides the experts."""
+
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="New general.name; by default the old one and the number of experts left."),
+    ] = None
+    keep_label: Annotated[
+        bool, typer.Option("--keep-label", help="Leave general.name and general.size_label as they are.")
+    ] = False
+    drop_prediction_layers: Annotated[
+        bool,
+        typer.Option(
+            "--drop-prediction-layers",
+            help="Leave the multi-token-prediction layers out; without a plan, nothing else.",
+        ),
+    ] = False
+
+
 @PANEL.command("reap prune model.gguf --plan plan.json -o small.gguf")
 def prune(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="GGUF file to write."), WRITES],
     choice: PlanChoice,
     matrix: ImatrixFiles,
+    changes: HeaderChanges,
     hf: Annotated[
         Path | None,
         typer.Option("--hf", metavar="HF_DIR", help="The checkpoint that was profiled: compare its routers first."),
@@ -312,9 +334,6 @@ def prune(
     ] = None,
     dry_run: DryRun = False,
     verify: Verify = "fast",
-    name: Annotated[
-        str | None, typer.Option("--name", help="New general.name; nothing else of the metadata changes.")
-    ] = None,
     split_max_size: Annotated[
         str | None,
         typer.Option("--split-max-size", metavar="N[K|M|G|T]", help="Most bytes of one file: OUT-00001-of-0000N.gguf."),
@@ -326,7 +345,7 @@ def prune(
     """Write a model without the experts that a plan removes."""
     if matrix.imatrix_out is not None and matrix.imatrix is None:
         raise UsageError("--imatrix-out needs --imatrix")
-    chosen = choice.choose()
+    chosen = None if changes.drop_prediction_layers and choice.is_empty else choice.choose()
     if choice.profile is not None:
         _check_profile(model, reap.Profile.load(choice.profile), allow_mismatch)
     if hf is not None:
@@ -338,7 +357,6 @@ def prune(
             model,
             output,
             chosen,
-            name=name,
             force=force,
             dry_run=dry_run,
             verify=verify,  # type: ignore[arg-type]  # any other word is refused there
@@ -347,6 +365,9 @@ def prune(
             imatrix_output=matrix.imatrix_out,
             allow_mismatch=allow_mismatch,
             progress=progress,
+            name=changes.name,
+            keep_label=changes.keep_label,
+            drop_prediction_layers=changes.drop_prediction_layers,
         )
     if json:
         return print_json(report.to_dict())

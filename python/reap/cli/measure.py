@@ -105,6 +105,7 @@ def _model_facts(info: ModelInfo) -> list[tuple[str, object]]:
         ]
     facts += [("cannot be pruned", reason) for reason in info.refusals]
     facts.append(("cannot be run", info.engine_refusal))
+    facts += [("missing", sentence) for sentence in info.missing_keys.values()]
     facts.append(("fingerprint", info.fingerprint))
     for key, value in (info.provenance or {}).items():
         is_ids = key.startswith("reap.kept.") and isinstance(value, list) and all(type(item) is int for item in value)

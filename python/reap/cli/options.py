@@ -277,6 +277,11 @@ class PlanChoice:
             return {"profile": self.profile, "keep": parse_keep(self.keep), "metric": metric}
         raise UsageError("give either --plan, or --profile and --keep (and --metric)")
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was asked for."""
+        return self.plan is None and self.profile is None and self.keep is None and self.metric is None
+
     def choose(self) -> PrunePlan | Path:
         """What was asked for. UsageError where it is not one of the two."""
         import reap

@@ -191,6 +191,15 @@ def _range_text(values: Floats, profile: Profile, form: str) -> str:
     return f"{mean_of(values):{form}} ({low[0]:{form}} in layer {low[1]} to {high[0]:{form}} in layer {high[1]})"
 
 
+def engine_facts(n_experts: int, n_groups: int) -> Facts:
+    """In which engines so many experts run slower or fail, and how they divide among GPUs."""
+    from reap.scores.engine_counts import kernel_notes, parallel_text
+
+    notes = kernel_notes(n_experts, n_groups)
+    facts: Facts = [(f"{n_experts} experts", note) for note in notes]
+    return [*facts, ("expert parallel", parallel_text(n_experts))]
+
+
 def fit_facts(info: ModelInfo) -> Facts:
     """Which memory the weights fit into, whole and with fewer experts."""
     facts: Facts = [("fits in", describe_fit(info.n_bytes))]
@@ -201,4 +210,4 @@ def fit_facts(info: ModelInfo) -> Facts:
         if info.n_experts_used <= keep < info.n_experts and keep % info.n_groups == 0:
             n_bytes = info.n_bytes - info.bytes_per_expert * (info.n_experts - keep)
             facts.append((name, f"{keep} experts: {bytes_text(n_bytes)}; {describe_fit(n_bytes)}"))
-    return facts
+    return facts + engine_facts(info.n_experts, info.n_groups)

@@ -48,14 +48,15 @@ def read_job(job: dict[str, Any], core: Any) -> Any:
     options.tensor_types = [(pattern, kind) for pattern, kind in job["tensor_types"]]
     options.output = job["output"] or ""
     if job["imatrix"] is not None:
-        with read_imatrix(job["imatrix"]) as matrix:
+        with read_imatrix(job["imatrix"]) as found:
+            matrix = found.serving(job["weights"])
             for name in matrix.entries:
                 options.set_imatrix(name, values_of(matrix, name))
             dataset, chunks = matrix.origin()
             # what llama-quantize notes in the output, in its order
             noted: list[tuple[str, str | bytes | int]] = [("quantize.imatrix.file", os.fsencode(job["imatrix_name"]))]
             noted += [("quantize.imatrix.dataset", dataset)] if dataset is not None else []
-            noted += [("quantize.imatrix.entries_count", len(matrix.entries))]
+            noted += [("quantize.imatrix.entries_count", len(found.entries))]
             noted += [("quantize.imatrix.chunks_count", chunks)] if chunks > 0 else []
             options.metadata = noted
     return options

@@ -262,6 +262,10 @@ class EngineOptions:
             return self
         return replace(self, ctx_size=trained)
 
+    def given_metadata(self) -> tuple[tuple[str, str, str], ...]:
+        """(key, type, value) of override_kv."""
+        return tuple(pair for pair in self.override_kv if not isinstance(pair, str))
+
     def record(self) -> dict[str, Any]:
         """What a profile keeps of them, as JSON types."""
         return {field.name: _as_json(getattr(self, field.name)) for field in fields(self)}

@@ -158,7 +158,8 @@ def quantize(
         inputs = [file.path for file in model.files] + ([] if matrix is None else [matrix.file.path])
         check_output(target, inputs, force=force)
         _check_model(model, kind, allow_requantize=choice.allow_requantize)
-        warnings = [] if matrix is None else _check_imatrix(model, matrix)
+        weights = [] if matrix is None else list(matrix.serving(model.tensors).taken)
+        warnings = [] if matrix is None else _check_imatrix(model, matrix.serving(weights))
         n_bytes_before, n_tensors, first_file = model.size, len(model.tensors), os.path.abspath(model.files[0].path)
     job: dict[str, Any] = {
         # links are not followed: llama.cpp finds the shards of a split model by the first one's name
@@ -168,6 +169,7 @@ def quantize(
         **settings,
     }
     job["imatrix"] = None if imatrix is None else os.path.abspath(imatrix)
+    job["weights"] = weights
     job["imatrix_name"] = None if imatrix is None else os.fspath(imatrix)
     if dry_run:
         size = int(_run({**job, "output": None}, Path(source), None)["result"])

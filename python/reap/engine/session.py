@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 from reap.engine.devices import check_servers
 from reap.engine.options import EngineOptions, engine_fields, usable_cores
-from reap.errors import UnsupportedModelError
+from reap.errors import EngineError, UnsupportedModelError
 from reap.gguf.model_info import engine_refusal
 from reap.gguf.reader import GGUFModel, first_file
 
@@ -55,7 +56,30 @@ def open_session(
     settings.head_on_host = head_on_host
     settings.prediction_layer = -1 if prediction_layer is None else prediction_layer
     check_servers(options.rpc)
-    return core.Session(settings)
+    try:
+        return core.Session(settings)
+    except EngineError as error:
+        hint = _hint(str(error))
+        if hint is None:
+            raise
+        raise EngineError(f"{error}; {hint}") from None
+
+
+def _hint(error: str) -> str | None:
+    """What helps with an error of the engine's, where that is known."""
+    if found := _NO_KEY.search(error):
+        return f"--override-kv {found[1]}=TYPE:VALUE (override_kv) gives what the file does not say"
+    if found := _NO_ARCHITECTURE.search(error):
+        return (
+            f"the llama.cpp that reap is built with does not know {found[1]}, a newer one may"
+            " (REAP_LLAMA_CPP_SOURCE, docs/building.md); inspect and prune go by the names of tensors alone"
+        )
+    return None
+
+
+# llama.cpp's src/llama-model-loader.cpp, for a key that an architecture cannot do without
+_NO_ARCHITECTURE = re.compile(r"unknown model architecture: '([^']*)'")
+_NO_KEY = re.compile(r"key not found in model: ([A-Za-z0-9_.\-]+)")
 
 
 def open_vocabulary(path: PathLike) -> SessionTokenizer:

@@ -18,9 +18,11 @@ from reap.evaluation.loops import N_PROMPTS, Continuations, choose_prompts, cont
 from reap.evaluation.quality_metrics import Predictions, TokenScores, compare_predictions, quality_metrics
 from reap.evaluation.result import Evaluation
 from reap.files.paths import PathLike
+from reap.gguf.missing_keys import sentences
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.progress import Progress, ProgressCallback
 from reap.pruning.compatibility import check_plan, plan_warnings
+from reap.scores.hash_routing import substitutes_of
 from reap.scores.plan import PrunePlan
 from reap.text.evaluation_text import EvaluationText, Text, read_evaluation_text, text_files
 
@@ -110,9 +112,12 @@ class PlanEvaluator:
         if max_tokens is not None:
             self.text = self.text.thinned(max(1, max_tokens // self.text.ctx_size))
         #: Sentences about the model and the options, of the engine and of ours.
-        self.warnings: tuple[str, ...] = tuple(self._session.warnings())
+        missing = sentences(self.info.missing_keys, options.given_metadata())
+        self.warnings: tuple[str, ...] = (*missing, *self._session.warnings())
         if options.batch_size is not None:
             self.warnings += (_NO_BATCH,)
+        #: "model" of the plan or profile that says who takes a removed expert's place, where a token id chooses it.
+        self.like: Mapping[str, Any] = {"n_experts": self.info.n_experts}
         self._reference: Reference | None = None
         self._continuations: Continuations | None = None
 
@@ -259,11 +264,14 @@ class PlanEvaluator:
             self._session.set_kept(None)
             return
         check_plan(self.info, plan, allow_mismatch=self._allow_mismatch)
+        self.like = plan.model
         self._set_kept(plan.layers)
 
     def _set_kept(self, layers: Mapping[int, Sequence[int]]) -> None:
         n_trunk_layers = self.info.n_layers - self.info.n_prediction_layers  # a prediction block does not run here
-        self._session.set_kept({layer: list(kept) for layer, kept in layers.items() if layer < n_trunk_layers})
+        kept = {layer: list(ids) for layer, ids in layers.items() if layer < n_trunk_layers}
+        substitutes = substitutes_of(self.like, kept) if self.info.hash_layers else {}
+        self._session.set_kept(kept, substitutes)
 
     def _check_reference(self, reference: Reference | None) -> None:
         if reference is None:

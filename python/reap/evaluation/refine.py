@@ -120,6 +120,7 @@ def refine(
     ranks = mean_ranks(source, criteria(source) if metric is None else (metric,), given.plan["seed"])
     evaluator = PlanEvaluator(model, text, engine_options, allow_mismatch=given.allow_mismatch)
     budget = Budget(seconds, math.inf if max_passes is None else max_passes, progress, started=started)
+    evaluator.like = source.model
     run = Refinement(evaluator, plans, ranks, budget, given.plan["seed"], file)
     with endings_as_interrupts(), run.keeping(target):
         made = run.go()

@@ -8,10 +8,10 @@ A name alone proves nothing, nor does an axis that happens to be as long as the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reap.errors import FormatError
 from reap.gguf.foreign_types import foreign_type
@@ -24,6 +24,7 @@ class Role(Enum):
 
     CUT = "cut"  # the outermost axis is the experts: keep some of its rows
     KEEP = "keep"  # no expert axis: copied whole
+    IDS = "ids"  # holds ids of experts: the removed ones are replaced, all are renumbered
     REFUSE = "refuse"  # depends on the experts in a way that cutting rows does not handle
 
 
@@ -72,13 +73,8 @@ RULES: tuple[Rule, ...] = (
         Role.REFUSE,
         reason="one chunk expert serves a whole group of experts (GroveMoE)",
     ),
-    # a token's removed expert has no successor: another in its place adds an output that was never there, and with a
-    # gate that the router was never trained to give it; leaving the place empty is not something the table can say
-    Rule(
-        r"ffn_gate_tid2eid(\..+)?",
-        Role.REFUSE,
-        reason="it gives each token its experts by number, and has no number for none (hash routing)",
-    ),
+    # the experts of each token, by number (hash routing): {n_expert_used, n_vocab}
+    Rule(r"ffn_gate_tid2eid(\.weight)?", Role.IDS, 2),
     Rule(
         r"ffn_(gate|up|down)\.\d+\.weight",
         Role.REFUSE,
@@ -108,6 +104,7 @@ _ROUTER = "ffn_gate_inp.weight"
 #: Far above llama.cpp's 1,024, so that a forged count costs no memory.
 MAX_EXPERTS = 65_536
 _MAX_TEXT_BYTES = 65_536
+_I32 = 26
 _UNKNOWN = "may belong to the experts, but reap does not know this tensor"
 
 
@@ -129,6 +126,8 @@ class ExpertLayout:
     expert axis, in file order."""
     refusals: tuple[str, ...]
     """One sentence for each thing that makes the model impossible to prune; empty if it can be pruned."""
+    id_tables: Mapping[str, int] = field(default_factory=dict)
+    """Name of each table that gives every token its experts by id, int32 [n_tokens, n_used] -> its layer."""
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -190,8 +189,65 @@ def read_layout(model: GGUFModel) -> ExpertLayout:
     moe = [layer for layer in sorted(blocks) if _is_moe(blocks[layer])]
     if moe and n_experts == 0:
         raise FormatError(f"{model.path}: blk.{moe[0]} has experts, but the header has no {architecture}.expert_count")
+    others = _prediction_blocks_of_their_own(model, architecture, blocks, moe, n_experts)
+    others |= _zero_experts(model, blocks, [layer for layer in moe if layer not in others], n_experts)
+    for layer in others:
+        moe.remove(layer)
+        del blocks[layer]
     layers = {layer: _cut_tensors(model, blocks[layer], n_experts) for layer in moe}
-    return ExpertLayout(architecture, n_experts, layers, tuple(_refusals(model, blocks, layers, n_experts)))
+    tables = {t.name: layer for layer in moe for name, t in blocks[layer].items() if _is_id_table(name)}
+    refusals = (*dict.fromkeys(others.values()), *_refusals(model, blocks, layers, n_experts))
+    return ExpertLayout(architecture, n_experts, layers, refusals, tables)
+
+
+def _prediction_blocks_of_their_own(
+    model: GGUFModel,
+    architecture: str,
+    blocks: Mapping[int, Mapping[str, TensorInfo]],
+    moe: Sequence[int],
+    n_experts: int,
+) -> dict[int, str]:
+    """Multi-token-prediction block with another number of experts than the trunk -> why that forbids pruning."""
+    n_prediction = read_count(model, f"{architecture}.nextn_predict_layers")
+    first = read_count(model, f"{architecture}.block_count") - n_prediction
+    found = {}
+    for layer in moe:
+        router = blocks[layer][_ROUTER]
+        if layer >= first and n_prediction and router.shape[-1] != n_experts:
+            found[layer] = (
+                f"{model.path}: the prediction layer {layer} has {router.shape[-1]} experts where the header says"
+                f" {n_experts}, which llama.cpp does not load; --drop-prediction-layers (drop_prediction_layers=True)"
+                " leaves it out"
+            )
+    return found
+
+
+def _zero_experts(
+    model: GGUFModel, blocks: Mapping[int, Mapping[str, TensorInfo]], moe: Sequence[int], n_experts: int
+) -> dict[int, str]:
+    """Layer whose router chooses among more experts than the file holds -> why that forbids pruning."""
+    found = {}
+    for layer in moe:
+        router, experts = blocks[layer][_ROUTER], [t for name, t in blocks[layer].items() if _EXPERTS.fullmatch(name)]
+        if router.shape[-1] > n_experts and all(tensor.shape[-1] == n_experts for tensor in experts):
+            found[layer] = (
+                f"{model.path}: its routers choose among {router.shape[-1]} experts, of which the file holds"
+                f" {n_experts}: the others are zero experts, which pass a token through (LongCat); llama.cpp runs no"
+                " such model, so nothing here could measure or verify what is cut"
+            )
+    return found if len(found) == len(moe) else {}  # of one layer alone it is damage
+
+
+def _is_id_table(name: str) -> bool:
+    rule = find_rule(name)
+    return rule is not None and rule.role is Role.IDS
+
+
+def read_id_table(model: GGUFModel, tensor: TensorInfo) -> Any:
+    """int32 [n_tokens, n_used]: a table that gives each token its experts by id."""
+    import numpy as np
+
+    return np.frombuffer(model.data(tensor), dtype="<i4").reshape(tensor.shape[1], tensor.shape[0])
 
 
 def _blocks(model: GGUFModel) -> dict[int, dict[str, TensorInfo]]:
@@ -258,7 +314,9 @@ def _refusal(name: str, tensor: TensorInfo, is_moe: bool, n_experts: int) -> str
         return _UNKNOWN if suspicious else ""
     if rule.role is Role.REFUSE:
         return f"cannot be cut: {rule.reason}"
-    if rule.role is Role.CUT and not is_moe:
+    if rule.role is Role.IDS and (TENSOR_TYPES.get(tensor.type) != TENSOR_TYPES[_I32] or len(tensor.shape) != 2):
+        return f"cannot be rewritten: it holds ids of experts as {tensor.type_name}, expected two axes of I32"
+    if rule.role in (Role.CUT, Role.IDS) and not is_moe:
         return "belongs to experts, but its block does not have both a router and experts"
     return _uncuttable(tensor, rule) if rule.role is Role.CUT else ""
 

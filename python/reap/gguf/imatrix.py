@@ -10,15 +10,15 @@ copied.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
 from reap.errors import FormatError, MismatchError
 from reap.files.paths import PathLike
-from reap.files.ranges import Piece, RawFile, Span, Writable, merge_spans
+from reap.files.ranges import Piece, RawFile, Span, Writable, merge_spans, total_bytes
 from reap.files.recognise import HEAD_BYTES, what_are
 from reap.files.regular import RegularFile
 from reap.gguf.parser import MAGIC, MAX_NAME_BYTES, MAX_TENSORS, TensorInfo
@@ -61,9 +61,22 @@ class Entry:
 class Imatrix:
     """An open importance matrix. Use it as a context manager. entries: name of the weight -> `Entry`."""
 
-    def __init__(self, file: RegularFile, entries: Mapping[str, Entry]) -> None:
-        """Use `read_imatrix`."""
-        self.file, self.entries = file, entries
+    def __init__(
+        self, file: RegularFile, entries: Mapping[str, Entry], taken: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Use `read_imatrix`. taken: name that the file does not have -> the one whose numbers stand for it."""
+        self.file, self.entries, self.taken = file, entries, taken
+
+    def serving(self, names: Iterable[str]) -> Imatrix:
+        """The same, which speaks of these weights too where it speaks of their other form: gate and up projections may
+        be two tensors or one, and take in the same numbers."""
+        taken = {}
+        for name in names:
+            source = next((other for other in other_forms(name) if other in self.entries), None)
+            if name not in self.entries and source is not None:
+                taken[name] = source
+        entries = {**self.entries, **{name: self.entries[source] for name, source in taken.items()}}
+        return Imatrix(self.file, entries, taken)
 
     @property
     def is_legacy(self) -> bool:
@@ -80,7 +93,7 @@ class Imatrix:
             raise MismatchError(f"{self.file.path}: holds nothing about any expert of the model")
         return self._cut_legacy(experts) if self.is_legacy else self._cut_gguf(experts)
 
-    def missing(self, experts: Mapping[str, Experts]) -> list[str]:
+    def missing(self, experts: Iterable[str]) -> list[str]:
         """Tensors of experts that it says nothing about."""
         return [name for name in experts if name not in self.entries]
 
@@ -155,8 +168,12 @@ class Imatrix:
     def _cut_gguf(self, experts: Mapping[str, Experts]) -> NewFile:
         assert isinstance(self.file, GGUFFile)
         n_keys, metadata = edit_metadata(self.file, replace={})
-        tensors = tuple(self._new_tensor(self.file, tensor, experts) for tensor in self.file.tensors.values())
-        return NewFile(self.file.version, self.file.alignment, n_keys, metadata, tensors)
+        tensors = [self._new_tensor(self.file, tensor, experts) for tensor in self.file.tensors.values()]
+        for name, source in self.taken.items():
+            for suffix in (_SUMS, _COUNTS):
+                written = self._new_tensor(self.file, self.file.tensors[source + suffix], experts)
+                tensors.append(replace(written, name=name + suffix))
+        return NewFile(self.file.version, self.file.alignment, n_keys, metadata, tuple(tensors))
 
     def _new_tensor(self, file: GGUFFile, tensor: TensorInfo, experts: Mapping[str, Experts]) -> NewTensor:
         found = experts.get(tensor.name.removesuffix(_SUMS).removesuffix(_COUNTS))
@@ -174,16 +191,33 @@ class Imatrix:
         )
 
     def _cut_legacy(self, experts: Mapping[str, Experts]) -> RawFile:
-        pieces: list[Piece] = []
-        position = 0
+        pieces: list[Piece] = [_I32.pack(len(self.entries))]
+        position = end = _I32.size
         for name, entry in self.entries.items():
+            if name in self.taken:
+                continue
+            end = entry.offset + entry.n_values * _F32_BYTES
             if name in experts:
                 n_in, _, kept = experts[name]
                 pieces += [Span(self.file, position, entry.offset - 4 - position), _I32.pack(n_in * len(kept))]
                 pieces += _cut(self.file, entry.offset, entry.n_values * _F32_BYTES, experts[name])
-                position = entry.offset + entry.n_values * _F32_BYTES
-        pieces.append(Span(self.file, position, self.file.size - position))
+                position = end
+        pieces.append(Span(self.file, position, end - position))
+        for name in self.taken:
+            pieces += self._legacy_entry(name, experts.get(name))
+        pieces.append(Span(self.file, end, self.file.size - end))
         return RawFile(merge_spans(piece for piece in pieces if not isinstance(piece, Span) or piece.n_bytes))
+
+    def _legacy_entry(self, name: str, experts: Experts | None) -> list[Piece]:
+        """An entry of another name than the file's: the name, the calls, the number of values, the values."""
+        entry, text = self.entries[name], name.encode()
+        calls = self.file.read_range(entry.offset - 2 * _I32.size, _I32.size)
+        n_bytes = entry.n_values * _F32_BYTES
+        values: list[Piece] = [Span(self.file, entry.offset, n_bytes)]
+        if experts is not None:
+            values = list(_cut(self.file, entry.offset, n_bytes, experts))
+        n_values = total_bytes(values) // _F32_BYTES
+        return [_I32.pack(len(text)) + text + calls + _I32.pack(n_values), *values]
 
 
 def _gguf_origin(file: GGUFFile) -> tuple[str | None, int]:
@@ -204,6 +238,15 @@ def _rows(numbers: bytes, n_rows: int, kept: tuple[int, ...]) -> bytes:
         return numbers
     size = len(numbers) // n_rows
     return b"".join(numbers[row * size : row * size + size] for row in kept)
+
+
+def other_forms(name: str) -> tuple[str, ...]:
+    """The weights that take in the same numbers where experts' gate and up projections are stored in the other way."""
+    if ".ffn_gate_up_exps." in name:
+        return tuple(name.replace("ffn_gate_up_exps", part) for part in ("ffn_gate_exps", "ffn_up_exps"))
+    if ".ffn_gate_exps." in name or ".ffn_up_exps." in name:
+        return (name.replace("ffn_gate_exps", "ffn_gate_up_exps").replace("ffn_up_exps", "ffn_gate_up_exps"),)
+    return ()
 
 
 def read_imatrix(path: PathLike) -> Imatrix:

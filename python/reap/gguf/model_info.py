@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +15,7 @@ from reap.files.paths import PathLike
 from reap.gguf.expert_tensors import MAX_EXPERTS, UNSUPPORTED, ExpertLayout, read_count, read_layout, read_text
 from reap.gguf.fingerprint import fingerprint_of, first_fingerprint, hash_tensors, identity_parts
 from reap.gguf.foreign_types import which_engine
+from reap.gguf.missing_keys import find_missing_keys
 from reap.gguf.reader import GGUFModel, TensorInfo
 from reap.gguf.tensor_types import TENSOR_TYPES
 
@@ -89,8 +90,12 @@ class ModelInfo:
     """The reap.* keys of a pruned file; None for a file that was not pruned."""
     refusals: tuple[str, ...]
     """Why the model cannot be pruned, one sentence each; empty if it can."""
+    hash_layers: tuple[int, ...] = ()
+    """GGUF block indices of the layers whose experts are chosen by token id, ascending."""
     engine_refusal: str | None = None
     """Why the engine that reap is built with cannot run it; None where it knows all types."""
+    missing_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys that its architecture needs and the header lacks -> what the engine does without one, and what to give."""
 
     @property
     def is_moe(self) -> bool:
@@ -206,6 +211,7 @@ def describe(model: GGUFModel) -> ModelInfo:
     expert_bytes = sum(tensor.n_bytes for tensor in layout.experts)
     is_moe = bool(layout.layers)
     identity = identity_parts(model, layout, n_layers, used, (n_groups, n_groups_used))
+    vocab_size = _vocab_size(model, architecture)
     return ModelInfo(
         path=model.path,
         name=read_text(model, "general.name"),
@@ -219,7 +225,7 @@ def describe(model: GGUFModel) -> ModelInfo:
         n_groups=n_groups,
         n_groups_used=n_groups_used,
         n_embd=read_count(model, f"{architecture}.embedding_length"),
-        vocab_size=_vocab_size(model, architecture),
+        vocab_size=vocab_size,
         context_length=read_count(model, f"{architecture}.context_length"),
         file_type=read_count(model, "general.file_type") if "general.file_type" in model.metadata else None,
         tensor_types=dict(Counter(tensor.type_name for tensor in model.tensors.values()).most_common()),
@@ -236,7 +242,9 @@ def describe(model: GGUFModel) -> ModelInfo:
         router_fingerprint=hash_tensors(model, layout.routers),
         provenance=_provenance(model),
         refusals=layout.refusals,
+        hash_layers=tuple(sorted(set(layout.id_tables.values()))),
         engine_refusal=engine_refusal(model),
+        missing_keys=find_missing_keys(model, layout, n_layers=n_layers, vocab_size=vocab_size),
     )
 
 

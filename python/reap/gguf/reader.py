@@ -8,7 +8,8 @@ where it is.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -129,6 +130,12 @@ class GGUFModel:
             for file in opened:
                 file.close()
             raise
+
+    def with_tensors(self, tensors: Iterable[TensorInfo]) -> GGUFModel:
+        """The same open files, seen with these tensors of theirs only; closing either closes both."""
+        seen = copy(self)
+        seen.tensors = MappingProxyType({tensor.name: tensor for tensor in tensors})
+        return seen
 
     @property
     def path(self) -> Path:

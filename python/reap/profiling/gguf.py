@@ -12,6 +12,7 @@ from reap.errors import ReapWarning, UnsupportedModelError, UsageError
 from reap.files.arguments import divide, shows
 from reap.files.atomic import check_distinct
 from reap.files.paths import PathLike
+from reap.gguf.missing_keys import sentences
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
 from reap.gguf.shards import model_paths
 from reap.profiling.record import make_profile
@@ -19,6 +20,7 @@ from reap.profiling.resume import SECONDS, ResumeFile, identify
 from reap.profiling.run import SHARED_SEQUENCES, measure
 from reap.profiling.until import Until, UntilArguments
 from reap.progress import ProgressCallback
+from reap.scores.hash_routing import HASH_ROUTING, to_record
 from reap.scores.profile import Profile
 from reap.text.sources import Source
 from reap.text.windows import Calibration, TextArguments
@@ -105,14 +107,17 @@ def profile(
         session.start_profile(layers, info.n_experts)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{info.path}: {info.architecture} cannot be profiled: {error}") from error
-    said = session.warnings()
+    said = [*sentences(info.missing_keys, engine.given_metadata()), *session.warnings()]
     for warning in said:
         warnings.warn(warning, ReapWarning, stacklevel=2)
     result = measure(session, SessionTokenizer(session), source, keeper, progress, until)
     ran_by = {"reap": version(), "llama_cpp": native.load().__llama_cpp_commit__, "options": engine.record()}
     if said:
         ran_by["warnings"] = said
-    return make_profile(result, source, layers=layers, model=info.record(), engine=ran_by, until=until)
+    record = info.record()
+    if info.hash_layers:
+        record[HASH_ROUTING] = to_record(session.router_likeness())
+    return make_profile(result, source, layers=layers, model=record, engine=ran_by, until=until)
 
 
 def _layers(info: ModelInfo, prediction_layers: bool) -> tuple[list[int], int | None]:

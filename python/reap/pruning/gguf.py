@@ -5,34 +5,38 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from reap.errors import FormatError, OutputError, UsageError
 from reap.files.atomic import check_output, check_space, write_set
 from reap.files.paths import PathLike
 from reap.files.ranges import Piece, Span, Writable, merge_spans
-from reap.gguf.expert_tensors import ExpertLayout, gates_depend_on_all, read_count, read_layout
-from reap.gguf.imatrix import Experts, Imatrix, output_name, read_imatrix
-from reap.gguf.model_info import PROVENANCE_PREFIX, ModelInfo, describe
+from reap.gguf.expert_tensors import ExpertLayout, gates_depend_on_all, read_count, read_id_table, read_layout
+from reap.gguf.imatrix import Experts, Imatrix, other_forms, output_name, read_imatrix
+from reap.gguf.model_info import ModelInfo, describe, require_moe
 from reap.gguf.reader import GGUFModel, TensorInfo
 from reap.gguf.shards import is_shard_name, shard_path
 from reap.gguf.tensor_types import ValueType
-from reap.gguf.writer import NewFile, NewTensor, edit_metadata, encode_pair, split
+from reap.gguf.writer import NewFile, NewTensor, encode_pair, split
 from reap.progress import ProgressCallback
-from reap.pruning.compatibility import check_plan, plan_warnings, recorded_mismatch
+from reap.pruning.changes import ChangeArguments, Changes, without_prediction_layers
+from reap.pruning.compatibility import check_plan, plan_warnings
+from reap.pruning.header import new_metadata
 from reap.pruning.verification import Check
+from reap.scores.hash_routing import require_substitutes, rewrite_table
 from reap.scores.plan import PrunePlan, router_warning
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Verify = Literal["fast", "full", "none"]
 Kept = Mapping[int, tuple[int, ...]]
 VERIFY_MODES = ("fast", "full", "none")
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 # split.no and split.count are 16 bits wide, and names have five digits
 _MOST_SHARDS = 65_535
 _SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([KMGT]?)", re.ASCII)
@@ -87,9 +91,8 @@ class PruneReport:
 def prune(
     source: PathLike,
     output: PathLike,
-    plan: PrunePlan | PathLike,
+    plan: PrunePlan | PathLike | None,
     *,
-    name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     verify: Verify = "fast",
@@ -98,13 +101,14 @@ def prune(
     imatrix_output: PathLike | None = None,
     allow_mismatch: bool = False,
     progress: ProgressCallback | None = None,
+    **changes: Unpack[ChangeArguments],
 ) -> PruneReport:
     """Write `source` without the experts that `plan` removes.
 
     Args:
         output: appears whole or not at all; `force` replaces a file that is there
-        plan: a PrunePlan or the path of one; it must be of this model (or of another quantisation of it)
-        name: a new general.name; nothing else of the source's metadata changes except the expert count
+        plan: a PrunePlan or the path of one; it must be of this model (or of another quantisation of it). None keeps
+            all experts, where only prediction layers are to go
         dry_run: check everything, compute the exact sizes, write nothing
         verify: before the output gets its name: "fast" reads it back and compares its structure and samples of every
             tensor, "full" compares every byte, "none" nothing
@@ -116,28 +120,29 @@ def prune(
         allow_mismatch: go on with a plan that was made of another model, where layers and experts are as many; the
             warnings and the key reap.mismatch of the output say what differs
         progress: called with bytes written, of bytes in all
+        changes: of the header, `Changes`: name, keep_label, drop_prediction_layers
 
     Raises UsageError (paths, options, a plan that no such model can follow), MismatchError (a plan or a matrix of
     another model), FormatError (a damaged file), UnsupportedModelError (a dense model, or one whose experts cannot be
     cut), OutputError (could not write).
     """
     started = time.perf_counter()
-    _check_options(name, verify)
+    wanted = Changes(**changes)
+    _check_options(wanted.name, verify)
     if imatrix_output is not None and imatrix is None:
         raise UsageError("imatrix_output needs an imatrix")
     max_bytes = None if split_max_size is None else parse_size(split_max_size)
     inputs = [Path(path) for path in (plan, imatrix) if path is not None and not isinstance(path, PrunePlan)]
-    the_plan = PrunePlan.of(plan)
     with ExitStack() as stack:
         model = stack.enter_context(GGUFModel.open(source))
         matrix = None if imatrix is None else stack.enter_context(read_imatrix(imatrix))
         inputs += [file.path for file in model.files]
-        info, layout = describe(model), read_layout(model)
+        model, info, layout, the_plan = _prepare(model, plan, wanted)
         check_output(Path(output), inputs, force=force or max_bytes is not None)
         check_plan(info, the_plan, allow_mismatch=allow_mismatch)
         _check_loadable(model, layout, the_plan)
         kept = {layer: tuple(int(expert) for expert in the_plan.layers[layer]) for layer in layout.moe_layers}
-        whole = _new_file(model, layout, the_plan, kept, info, name)
+        whole = _new_file(model, layout, the_plan, kept, info, wanted)
         shards = _shards(whole, Path(output), max_bytes)
         outputs: list[tuple[Path, Writable]] = [*shards]
         experts = _imatrix_experts(layout, kept)
@@ -147,6 +152,7 @@ def prune(
                 if imatrix_output is not None
                 else output_name(Path(output), is_legacy=matrix.is_legacy)
             )
+            matrix = matrix.serving(name for name in experts if name in model.tensors)
             outputs.append((target, matrix.cut(experts)))
         _check_outputs([path for path, _ in outputs], inputs, force=force)
         if not dry_run:
@@ -171,14 +177,38 @@ def prune(
     )
 
 
-def size_after(source: PathLike, plan: PrunePlan, *, allow_mismatch: bool = False) -> int:
+def size_after(
+    source: PathLike, plan: PrunePlan, *, allow_mismatch: bool = False, **changes: Unpack[ChangeArguments]
+) -> int:
     """Bytes, exactly, of the file that `prune` would write. Raises what it raises for a plan that does not fit."""
-    with GGUFModel.open(source) as model:
-        info, layout = describe(model), read_layout(model)
-        check_plan(info, plan, allow_mismatch=allow_mismatch)
-        return _new_file(
-            model, layout, plan, {layer: plan.layers[layer] for layer in layout.moe_layers}, info, None
-        ).n_bytes
+    wanted = Changes(**changes)
+    with GGUFModel.open(source) as opened:
+        model, info, layout, the_plan = _prepare(opened, plan, wanted)
+        check_plan(info, the_plan, allow_mismatch=allow_mismatch)
+        kept = {layer: the_plan.layers[layer] for layer in layout.moe_layers}
+        return _new_file(model, layout, the_plan, kept, info, wanted).n_bytes
+
+
+def _prepare(
+    model: GGUFModel, plan: PrunePlan | PathLike | None, changes: Changes
+) -> tuple[GGUFModel, ModelInfo, ExpertLayout, PrunePlan]:
+    """The model without what `changes` drops of it, what is known of it, and the plan of what is left (None: of all
+    experts)."""
+    info, layout = describe(model), read_layout(model)
+    if changes.drop_prediction_layers:
+        model, info, layout = without_prediction_layers(model, info)
+    if plan is None:
+        if not changes.drop_prediction_layers:
+            raise UsageError("a plan is missing: without one there is nothing to remove")
+        require_moe(info)
+        everyone = dict.fromkeys(info.moe_layers, tuple(range(info.n_experts)))
+        return model, info, layout, PrunePlan(info.record(), "none", info.n_experts, everyone)
+    the_plan = PrunePlan.of(plan)
+    if changes.drop_prediction_layers:
+        first = info.n_layers - info.n_prediction_layers
+        trunk = {layer: ids for layer, ids in the_plan.layers.items() if layer < first}
+        the_plan = replace(the_plan, layers=trunk)
+    return model, info, layout, the_plan
 
 
 def parse_size(size: int | str) -> int:
@@ -225,10 +255,12 @@ def _check_outputs(outputs: list[Path], inputs: list[Path], *, force: bool) -> N
 
 def _imatrix_experts(layout: ExpertLayout, kept: Kept) -> dict[str, Experts]:
     """Tensors that an importance matrix may speak of one expert at a time."""
-    weights = (tensor for tensor in layout.experts if tensor.name.endswith(".weight"))
-    return {
-        tensor.name: Experts(tensor.shape[0], layout.n_experts, kept[layout.cut[tensor.name]]) for tensor in weights
-    }
+    found = {}
+    for tensor in layout.experts:
+        if tensor.name.endswith(".weight"):
+            experts = Experts(tensor.shape[0], layout.n_experts, kept[layout.cut[tensor.name]])
+            found.update(dict.fromkeys((tensor.name, *other_forms(tensor.name)), experts))
+    return found
 
 
 def _check_options(name: str | None, verify: str) -> None:
@@ -253,25 +285,18 @@ def _check_loadable(model: GGUFModel, layout: ExpertLayout, plan: PrunePlan) -> 
 
 
 def _new_file(
-    model: GGUFModel, layout: ExpertLayout, plan: PrunePlan, kept: Kept, info: ModelInfo, name: str | None
+    model: GGUFModel, layout: ExpertLayout, plan: PrunePlan, kept: Kept, info: ModelInfo, changes: Changes
 ) -> NewFile:
     cut = layout.cut
+    substitutes = plan.substitutes if info.hash_layers else {}
+    require_substitutes(substitutes, info.hash_layers)
     tensors = tuple(
-        _new_tensor(model, tensor, kept[cut[tensor.name]] if tensor.name in cut else None)
+        _new_table(model, tensor, kept[layout.id_tables[tensor.name]], substitutes[layout.id_tables[tensor.name]])
+        if tensor.name in layout.id_tables
+        else _new_tensor(model, tensor, kept[cut[tensor.name]] if tensor.name in cut else None)
         for tensor in model.tensors.values()
     )
-    count_key = f"{layout.architecture}.expert_count"
-    replace = {count_key: encode_pair(count_key, plan.keep, model.metadata[count_key].type)}
-    append = list(_provenance(model, plan, kept, info))
-    if name is not None:
-        pair = encode_pair("general.name", name, ValueType.STRING)
-        if "general.name" in model.metadata:
-            replace["general.name"] = pair
-        else:
-            append.insert(0, pair)
-    drop = {key for key in model.metadata if key.startswith(PROVENANCE_PREFIX)}
-    drop.update(_SPLIT_KEYS)
-    n_keys, metadata = edit_metadata(model.files[0], replace=replace, drop=drop, append=append)
+    n_keys, metadata = new_metadata(model, layout, plan, info, tensors, changes)
     return NewFile(model.version, model.alignment, n_keys, metadata, tensors)
 
 
@@ -287,48 +312,16 @@ def _new_tensor(model: GGUFModel, tensor: TensorInfo, kept: tuple[int, ...] | No
     return NewTensor(tensor.name, (*tensor.shape[:-1], len(kept)), tensor.type, merge_spans(pieces))
 
 
-def _provenance(model: GGUFModel, plan: PrunePlan, kept: Kept, info: ModelInfo) -> Iterator[bytes]:
-    """Encoded pairs that say what was kept, in ids of the original model, before any pruning."""
-    from reap import __version__
-
-    fingerprint, n_experts, original = _origin(model, info)
-    text, u32, i32 = ValueType.STRING, ValueType.UINT32, ValueType.INT32
-    yield encode_pair("reap.version", __version__, text)
-    yield encode_pair("reap.metric", plan.metric, text)
-    yield encode_pair("reap.source.fingerprint", fingerprint, text)
-    yield encode_pair("reap.source.expert_count", n_experts, u32)
-    if plan.calibration_sha256:
-        yield encode_pair("reap.calibration.sha256", ",".join(plan.calibration_sha256), text)
-    if mismatch := recorded_mismatch(info, plan):
-        yield encode_pair("reap.mismatch", mismatch, text)
-    for layer, experts in kept.items():
-        ids = [original[layer][expert] for expert in experts]
-        yield encode_pair(f"reap.kept.{layer}", ids, ValueType.ARRAY, i32)
-
-
-def _origin(model: GGUFModel, info: ModelInfo) -> tuple[str, int, dict[int, tuple[int, ...]]]:
-    """(fingerprint, expert count, layer -> ids there of this model's experts) of the model at the start of the
-    chain."""
-    if info.provenance is None:
-        return info.fingerprint, info.n_experts, dict.fromkeys(info.moe_layers, tuple(range(info.n_experts)))
-    fingerprint = info.provenance.get("reap.source.fingerprint")
-    n_experts = info.provenance.get("reap.source.expert_count")
-    if not isinstance(fingerprint, str) or type(n_experts) is not int:
-        raise FormatError(f"{model.path}: was pruned before, but its reap.source.* keys are damaged")
-    original = {}
-    for layer in info.moe_layers:
-        ids: Any = info.provenance.get(f"reap.kept.{layer}")
-        sound = (
-            isinstance(ids, list)
-            and len(ids) == info.n_experts
-            and all(type(i) is int and 0 <= i < n_experts for i in ids)
-        )
-        if not sound or any(before >= after for before, after in pairwise(ids)):
-            raise FormatError(
-                f"{model.path}: reap.kept.{layer} does not name {info.n_experts} of {n_experts} experts in order"
-            )
-        original[layer] = tuple(ids)
-    return fingerprint, n_experts, original
+def _new_table(
+    model: GGUFModel, tensor: TensorInfo, kept: tuple[int, ...], substitutes: Mapping[int, Sequence[int]]
+) -> NewTensor:
+    """A table that gives each token its experts by id, with those that are left."""
+    table = read_id_table(model, tensor)
+    try:
+        written = rewrite_table(table, kept, substitutes)
+    except FormatError as error:
+        raise FormatError(f"{model.path}: {tensor.name}: {error}") from None
+    return NewTensor(tensor.name, tensor.shape, tensor.type, (written.astype("<i4").tobytes(),))
 
 
 # ---- what a reader of the report should know
@@ -352,7 +345,7 @@ def _warnings(
     slower = router_warning(plan.keep, info.n_experts)
     if slower is not None:
         yield slower
-    missing = matrix.missing(experts) if matrix is not None else []
+    missing = matrix.missing({name for name in experts if name in model.tensors}) if matrix is not None else []
     if missing:
         yield f"the importance matrix says nothing about {len(missing)} tensors of experts, such as {missing[0]}"
     if dry_run:

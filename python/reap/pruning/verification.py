@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reap.errors import FormatError, OutputError
-from reap.gguf.expert_tensors import ExpertLayout, read_layout
+from reap.gguf.expert_tensors import ExpertLayout, read_id_table, read_layout
 from reap.gguf.imatrix import Experts, Imatrix, read_imatrix
 from reap.gguf.reader import GGUFFile, GGUFModel, TensorInfo
 from reap.gguf.writer import NewFile
@@ -78,11 +78,25 @@ class Check:
     def contents(self, tensor: TensorInfo, written: GGUFModel) -> None:
         """The bytes of one tensor, or samples of them."""
         new = written.tensors[tensor.name]
+        if tensor.name in self.layout.id_tables:
+            return self.table(tensor, new, written)
         source, target = self.model.files[tensor.shard], written.files[new.shard]
         for offset, new_offset, n_bytes in self.pairs(tensor, new):
             for start, length in _chunks(n_bytes, full=self.full):
                 if source.read_range(offset + start, length) != target.read_range(new_offset + start, length):
                     raise FormatError(f"{tensor.name} differs from the source's at byte {new_offset + start:,}")
+
+    def table(self, tensor: TensorInfo, new: TensorInfo, written: GGUFModel) -> None:
+        """Of a table of expert ids: every id that stays is where it was, renumbered, and no token has an expert
+        twice."""
+        kept = self.kept[self.layout.id_tables[tensor.name]]
+        before, after = read_id_table(self.model, tensor), read_id_table(written, new)
+        numbers = {expert: number for number, expert in enumerate(kept)}
+        for old, row in zip(before.tolist(), after.tolist(), strict=True):
+            once = [(expert, number) for expert, number in zip(old, row, strict=True) if old.count(expert) == 1]
+            stays = all(number == numbers.get(expert, number) for expert, number in once)
+            if not stays or len(set(row)) < len(row) or not 0 <= min(row) <= max(row) < len(kept):
+                raise FormatError(f"{tensor.name} gives a token the experts {row} where the source has {old}")
 
     def pairs(self, tensor: TensorInfo, new: TensorInfo) -> list[tuple[int, int, int]]:
         """(offset in the source, offset in the new file, bytes) of each kept expert, or of the whole tensor."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from reap.errors import MismatchError, ReapWarning, UsageError
 from reap.files.paths import PathLike
+from reap.scores.hash_routing import HASH_ROUTING, tokens_of
 from reap.scores.identity import compare_records, require_same, warn_of
 from reap.scores.profile import Profile
 from reap.scores.records import COUNTED, SUMS, TALLIES, as_arrays, span
@@ -115,6 +116,8 @@ def _merge_models(models: list[dict[str, Any]], mismatches: list[str]) -> dict[s
     """What all agree on; otherwise the word of the first that knows most, but no router fingerprint that only some
     have."""
     merged = dict(next((model for model in models if model.get("identity")), models[0]))
+    if measured := [model[HASH_ROUTING] for model in models if model.get(HASH_ROUTING)]:
+        merged[HASH_ROUTING] = max(measured, key=tokens_of)  # rankings do not add up; the best measured one stays
     if any(model.get("router_fingerprint") != merged.get("router_fingerprint") for model in models):
         merged.pop("router_fingerprint", None)
     mismatches = [*(model["mismatch"] for model in models if model.get("mismatch")), *mismatches]

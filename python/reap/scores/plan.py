@@ -18,6 +18,7 @@ from reap.errors import UsageError
 from reap.files.atomic import write_whole
 from reap.files.paths import PathLike
 from reap.files.strict_json import EXPERT_LIMIT, Node, json_bytes, read_json
+from reap.scores.hash_routing import HASH_ROUTING, Substitutes, substitutes_of
 from reap.scores.identity import IDENTITY_KEYS
 from reap.scores.profile import Profile
 from reap.scores.ranking import Keep as Keep
@@ -38,6 +39,7 @@ CALIBRATION_KEYS = ("files", "sha256", "sketch")
 _MODEL_KEYS = (
     "name",
     "architecture",
+    HASH_ROUTING,
     *IDENTITY_KEYS,
     "mismatch",
     "n_layers",
@@ -89,6 +91,12 @@ class PrunePlan:
     def experts_sha256(self) -> str:
         """SHA-256 of the ids that it keeps: equal where two plans choose the same experts, however they were made."""
         return experts_digest(self.layers)
+
+    @property
+    def substitutes(self) -> Substitutes:
+        """Of each layer whose experts are chosen by token id: removed expert -> the kept ones that take its place, best
+        first (`reap.scores.hash_routing`). FormatError where the plan's ranking is damaged."""
+        return substitutes_of(self.model, self.layers)
 
     def removed(self, layer: int) -> tuple[int, ...]:
         """Ids that block `layer` loses, ascending."""
