@@ -248,10 +248,10 @@ def main() -> int:
     import transformers
 
     pin = (ROOT / "vendor/llama.cpp/pin.cmake").read_text(encoding="utf-8")
-    commit = re.search(r"[0-9a-f]{40}", pin)
+    commit = re.search(r"COMMIT\W+([0-9a-f]{40})\b", pin)
     assert commit is not None
     rows, families = engine_rows(source), family_rows()
-    versions = {"llama.cpp": f"`{commit[0][:12]}`", "transformers": transformers.__version__}
+    versions = {"llama.cpp": f"`{commit[1][:12]}`", "transformers": transformers.__version__}
     TARGET.write_text(page_of(rows, families, versions), encoding="utf-8")
     new = [row.name for row in rows if NEW in row]
     print(f"{len(rows)} architectures, {len(families)} families; new: {', '.join(new) or 'none'}")
