@@ -1,6 +1,7 @@
 #include "router_mask.h"
 
 #include "errors.h"
+#include "moe_graph.h"
 #include "tensor_read.h"
 
 #include <algorithm>

@@ -153,7 +153,7 @@ void test_together(const std::string & path, size_t n_experts, const std::vector
     const std::vector<Prompt> prompts = {{context, 12, 1, {}}, {{3, 1}, 7, 2, {}}, {{9}, 0, 3, {}}, {{5, 5}, 9, 4, {}}};
     for (const bool is_pruned : {false, true}) {
         for (Session * each : {&alone, &session}) {
-            each->set_kept(is_pruned ? std::optional(kept) : std::nullopt);
+            each->set_kept(is_pruned ? std::optional(kept) : std::nullopt, {});
         }
         const auto scores = score_continuations(session, questions);
         for (size_t q = 0; q < questions.size(); ++q) {

@@ -352,7 +352,17 @@ NATIVE_RANKS = [
     {"casts", "generation", "scoring", "vocabulary"},
     {"bindings"},
 ]
-KNOWS_NO_ENGINE = {"big_stack", "bindings", "casts", "errors", "free_memory", "memory_guard", "node_names", "saliency"}
+KNOWS_NO_ENGINE = {
+    "big_stack",
+    "bindings",
+    "casts",
+    "errors",
+    "free_memory",
+    "memory_guard",
+    "node_names",
+    "router_likeness",
+    "saliency",
+}
 
 
 def test_native_includes_point_downwards() -> None:
