@@ -29,6 +29,7 @@ from reap.engine.options import GENERATION_CTX_SIZE, EngineArguments, EngineOpti
 from reap.engine.session import SessionTokenizer, open_session, open_vocabulary
 from reap.errors import CalibrationError, Interrupted, ReapWarning, UsageError
 from reap.evaluation.resume_file import ResumeFile
+from reap.evaluation.virtual import keep_only
 from reap.files.arguments import divide, shows
 from reap.files.atomic import check_outputs, paths_of, write_whole
 from reap.files.paths import PathLike
@@ -282,8 +283,7 @@ class AnswerWriter:
         """From now on only the experts that `plan` keeps; None: all of them."""
         if plan is None:
             return self.session.set_kept(None)
-        n_trunk_layers = self.info.n_layers - self.info.n_prediction_layers
-        self.session.set_kept({layer: list(kept) for layer, kept in plan.layers.items() if layer < n_trunk_layers})
+        keep_only(self.session, self.info, plan.layers, plan.model)
 
     def digest(self) -> str:
         """Of all prompts and how many tokens may follow each."""

@@ -20,6 +20,7 @@ from reap.engine.generation import TEXT_END, Prompt, Sampling, continue_batch, p
 from reap.engine.options import GENERATION_CTX_SIZE, EngineArguments, EngineOptions
 from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import UnsupportedModelError, UsageError
+from reap.evaluation.virtual import keep_only
 from reap.files.paths import PathLike
 from reap.gguf.model_info import inspect
 from reap.pruning.compatibility import check_plan
@@ -102,8 +103,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if plan is None:
             return self._session.set_kept(None)
         self.check_plan(plan)
-        n_trunk_layers = self.info.n_layers - self.info.n_prediction_layers
-        self._session.set_kept({layer: list(kept) for layer, kept in plan.layers.items() if layer < n_trunk_layers})
+        keep_only(self._session, self.info, plan.layers, plan.model)
 
     def check_plan(self, plan: PrunePlan) -> None:
         """UsageError or MismatchError where this model cannot follow a plan."""

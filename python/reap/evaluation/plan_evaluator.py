@@ -17,12 +17,12 @@ from reap.errors import MismatchError, UnsupportedModelError, UsageError
 from reap.evaluation.loops import N_PROMPTS, Continuations, choose_prompts, continue_prompts
 from reap.evaluation.quality_metrics import Predictions, TokenScores, compare_predictions, quality_metrics
 from reap.evaluation.result import Evaluation
+from reap.evaluation.virtual import keep_only
 from reap.files.paths import PathLike
 from reap.gguf.missing_keys import sentences
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.progress import Progress, ProgressCallback
 from reap.pruning.compatibility import check_plan, plan_warnings
-from reap.scores.hash_routing import substitutes_of
 from reap.scores.plan import PrunePlan
 from reap.text.evaluation_text import EvaluationText, Text, read_evaluation_text, text_files
 
@@ -268,10 +268,7 @@ class PlanEvaluator:
         self._set_kept(plan.layers)
 
     def _set_kept(self, layers: Mapping[int, Sequence[int]]) -> None:
-        n_trunk_layers = self.info.n_layers - self.info.n_prediction_layers  # a prediction block does not run here
-        kept = {layer: list(ids) for layer, ids in layers.items() if layer < n_trunk_layers}
-        substitutes = substitutes_of(self.like, kept) if self.info.hash_layers else {}
-        self._session.set_kept(kept, substitutes)
+        keep_only(self._session, self.info, layers, self.like)
 
     def _check_reference(self, reference: Reference | None) -> None:
         if reference is None:
