@@ -18,6 +18,8 @@ from helpers.profiles import make_profile
 from reap.cli import main
 from reap.cli.app import app
 from reap.cli.next_step import command_line
+from reap.cli.sweep_text import print_next_plans
+from reap.evaluation.sweep_table import Sweep, SweepRow, Target, Verdict
 
 DATA = Path(str(files("reap") / "data"))
 
@@ -117,6 +119,50 @@ def test_names_that_a_shell_would_read_otherwise() -> None:
     echoed = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
     assert echoed.rstrip(b"\0").split(b"\0") == [name.encode("utf-8", "surrogateescape") for name in names]
     assert command_line("reap", Path("-x.gguf")) == "reap ./-x.gguf"
+
+
+def table(**more: Any) -> Sweep:
+    """A sweep of two sizes, two criteria and two seeds of chance."""
+    same: dict[str, Any] = dict.fromkeys(("stderr", "kl_mean", "loss_increase", "loss_increase_stderr"), 0.1)
+    same |= {"bytes": 100, "domain": None, "tokens": 9, "top1": 0.5}
+    found = [("baseline", None, 8, 10.0), ("reap", None, 6, 11.0), ("random", 0, 6, 14.0), ("random", 1, 6, 13.0)]
+    found += [("reap", None, 4, 15.0), ("random", 0, 4, 14.5), ("random", 1, 4, 12.0)]
+    rows = [
+        SweepRow(metric=metric, seed=seed, keep=keep, perplexity=value, **same) for metric, seed, keep, value in found
+    ]
+    both: dict[str, Any] = {"domain": None, "margin": 0.1, "spread": 0.01, "clear": True}
+    verdicts = (
+        Verdict(keep=6, metric="reap", runner_up="random", **both),
+        Verdict(keep=4, metric="random", runner_up="reap", **both),
+    )
+    return Sweep(**({"rows": tuple(rows), "verdicts": verdicts} | more))
+
+
+def test_of_several_sizes_each_has_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    print_next_plans(table(), Path("my model.gguf"), Path("p.json"), Path("s.json"), ["--blend", "maxmin"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "next: for 6 experts: reap plan p.json --keep 6 --metric reap --model 'my model.gguf' --blend maxmin"
+        " -o plan-6.json",
+        "next: for 4 experts: reap plan p.json --keep 4 --metric random --seed 1 --model 'my model.gguf' --blend maxmin"
+        " -o plan-4.json",
+    ]
+
+
+def test_a_plan_that_was_given_and_won_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    print_next_plans(table(choice={"plans": ["reap"]}), Path("m.gguf"), Path("p.json"), None, [])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert (
+        first == "next: for 6 experts: the plan reap that it was given is best; reap prune MODEL --plan with its file"
+    )
+
+
+def test_a_limit_has_one_winner(capsys: pytest.CaptureFixture[str]) -> None:
+    limit = Target(kind="perplexity", limit=0.2, metric="reap", keep=6, bytes=600, perplexity=11.0)
+    print_next_plans(table(targets=(limit,)), Path("m.gguf"), Path("p.json"), Path("s.json"), [])
+    assert words_of(capsys.readouterr().out.rstrip()) == [
+        "plan", "p.json", "--sweep", "s.json", "--model", "m.gguf", "-o", "plan.json",
+    ]  # fmt: skip
 
 
 def test_plan_takes_the_sweep_s_winner(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

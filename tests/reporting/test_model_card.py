@@ -97,6 +97,30 @@ def ids(cell: str) -> list[int]:
     return found
 
 
+def test_the_card_goes_by_the_pruned_model_s_own_name(source: Path, pruned: Path, tmp_path: Path) -> None:
+    """general.name is the source's unless --name changed it: then the file's name tells the two apart."""
+    assert "\n# small\n" in reap.model_card(pruned, tmp_path / "1.md", source=source).read_text(encoding="utf-8")
+    assert "\n# small\n" in reap.model_card(pruned, tmp_path / "2.md").read_text(encoding="utf-8")
+    plan = reap.plan(profile_of(source), keep=0.5)
+    reap.prune(source, tmp_path / "named.gguf", plan, name="Half of it")
+    text = reap.model_card(tmp_path / "named.gguf", tmp_path / "3.md", source=source).read_text(encoding="utf-8")
+    assert "\n# Half of it\n" in text
+
+
+def test_what_was_judged_virtually_is_the_pruned_model_s(source: Path, pruned: Path, tmp_path: Path) -> None:
+    plans = [reap.plan(profile_of(source), keep=0.5), reap.plan(profile_of(source), keep=0.5, metric="frequency")]
+    assert plans[0].experts_sha256 != plans[1].experts_sha256
+    for number, plan in enumerate(plans):
+        record = {"metric": plan.metric, "keep": plan.keep, "n_experts": 8, "experts_sha256": plan.experts_sha256}
+        figures = {"perplexity": 12.0, "stderr": 0.5, "tokens": 2805, "ctx_size": 512}
+        document = {"model": "/x/whole.gguf", "text": ["t.txt"], "plan": record, **figures}
+        (tmp_path / f"{number}.json").write_text(json.dumps(document))
+    evaluations = [tmp_path / "0.json", tmp_path / "1.json"]
+    text = reap.model_card(pruned, tmp_path / "c.md", evaluations=evaluations).read_text(encoding="utf-8")
+    assert "| small.gguf, before it was written | t.txt | 12 ± 0.5" in text
+    assert f"| whole.gguf, as if pruned to {plans[1].keep} by frequency | t.txt |" in text
+
+
 def test_without_figures_the_card_says_so(pruned: Path, tmp_path: Path) -> None:
     text = reap.model_card(pruned, tmp_path / "c.md").read_text(encoding="utf-8")
     assert "None were given: this model was not evaluated" in text
