@@ -459,3 +459,81 @@ def test_thinned_windows_lie_all_over_each_domain() -> None:
     assert thin.domain_of == ("a",) * 4 + ("b",) * 2 + ("c",)
     assert thin.dropped_tokens == 3 + 23 * 4
     assert text.thinned(30) == text
+
+
+# ---- fewer experts of each token
+
+
+@pytest.fixture(scope="module")
+def fewer(work: Path) -> reap.Sweep:
+    return reap.sweep(
+        MODEL,
+        work / "profile.json",
+        [work / "python.txt", work / "c.txt"],
+        keep=0.5,
+        metric=["reap", "frequency"],
+        experts_used=[2, 3],
+        output=work / "fewer.json",
+        **OPTIONS,
+    )
+
+
+def test_fewer_experts_of_each_token_are_what_evaluate_says(work: Path, fewer: reap.Sweep) -> None:
+    texts = [work / "python.txt", work / "c.txt"]
+    plan = reap.plan(work / "profile.json", keep=0.5, metric="reap")
+    assert fewer.experts_used == (3, 2)
+    for used in (3, 2):
+        override = {"override_kv": [f"qwen3moe.expert_used_count=int:{used}"]}
+        whole = reap.evaluate(MODEL, texts, reference=MODEL, **override, **OPTIONS)
+        found = fewer.select(experts_used=used)
+        assert [(row.metric, row.keep) for row in found] == [("baseline", 32), ("reap", 16), ("frequency", 16)]
+        assert found[0].perplexity == pytest.approx(whole.perplexity, rel=1e-9)
+        pruned = reap.evaluate(MODEL, texts, plan=plan, **override, **OPTIONS)
+        assert found[1].perplexity == pytest.approx(pruned.perplexity, rel=1e-9)
+        # beside the model as it is, with as many as it uses itself
+        assert found[0].kl_mean > 0.001
+        assert found[0].loss_increase == pytest.approx(math.log(found[0].perplexity / fewer.baseline.perplexity))
+        assert {row.domain for row in fewer.rows if row.experts_used == used} == {None, "python", "c"}
+
+
+def test_what_a_sweep_says_of_its_choice_is_of_the_models_own_number(work: Path, fewer: reap.Sweep) -> None:
+    texts = [work / "python.txt", work / "c.txt"]
+    plain = reap.sweep(MODEL, work / "profile.json", texts, keep=0.5, metric=["reap", "frequency"], **OPTIONS)
+    assert fewer.select() == plain.select()
+    assert fewer.verdicts == plain.verdicts
+    assert fewer.winner() == plain.winner()
+    again = reap.Sweep.load(work / "fewer.json")
+    assert again.rows == fewer.rows
+    own, three, two = (fewer.model["active_bytes"][name] for name in ("own", "3", "2"))
+    assert own > three > two
+    assert own - three == pytest.approx(three - two, abs=2)
+    assert "active_bytes" not in plain.model
+
+
+def test_fewer_experts_on_the_command_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sweep", str(MODEL), str(work / "profile.json"), str(work / "c.txt"), "--keep", "0.5", "-c", "128"]
+    assert main([*command, "--metric", "reap", "--experts-used", "3", "-t", "1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "with 3 experts for each token: " in shown
+    assert "of weights in use for a token" in shown
+    assert "whole model" in shown
+
+
+@pytest.mark.parametrize(
+    ("used", "sentence"),
+    [
+        (4, "experts_used 4: the model uses 4 experts for each token itself; what can be tried is fewer"),
+        ([3, 9], "experts_used 9: the model uses 4"),
+        (0, "experts_used should be numbers of experts from 1 on, found 0"),
+        ([2.0], "experts_used should be numbers of experts from 1 on, found 2.0"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_the_model_is_loaded(
+    work: Path, used: Any, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(plan_evaluator, "open_session", never)
+    with pytest.raises(UsageError, match=sentence):
+        reap.sweep(MODEL, work / "profile.json", work / "c.txt", keep=0.5, experts_used=used, **OPTIONS)

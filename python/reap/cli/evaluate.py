@@ -31,6 +31,7 @@ from reap.cli.options import (
     SuperExperts,
     SweepPath,
     check_resumable,
+    parse_count,
     parse_keep,
     parse_metric,
     split_list,
@@ -220,6 +221,14 @@ class Candidates:
         typer.Option("--plan", metavar="PLAN.json", help="A plan to judge as well; may be repeated."),
         READS,
     ] = None
+    experts_used: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--experts-used",
+            metavar="N,...",
+            help="Also try everything with so many experts for each token, fewer than the model uses.",
+        ),
+    ] = None
     target_size: Annotated[
         str | None,
         typer.Option(
@@ -249,6 +258,7 @@ class Candidates:
             "metric": [parse_metric(item) for item in split_list(self.metric)] or None,
             "seeds": self.seeds,
             "plans": self.plan or (),
+            "experts_used": [parse_count("--experts-used", item) for item in split_list(self.experts_used)],
             "target_size": self.target_size,
             "max_ppl_increase": self.max_ppl_increase,
             "protect": self.protect or (),

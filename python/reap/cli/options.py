@@ -320,6 +320,13 @@ def parse_keep(text: str) -> Keep:
         ) from None
 
 
+def parse_count(option: str, text: str) -> int:
+    """A whole number from 1 on."""
+    if not re.fullmatch("[1-9][0-9]{0,8}", text.strip(), re.ASCII):
+        raise UsageError(f"{option} should be whole numbers from 1 on, with commas between them, found {text!r}")
+    return int(text)
+
+
 def parse_share(option: str, text: str) -> float:
     """A share above 0 and up to 1: 98%, or 0.98."""
     percent = _PERCENT.fullmatch(text.strip())

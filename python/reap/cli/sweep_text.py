@@ -35,6 +35,8 @@ def print_sweep(table: Sweep) -> None:
             for row in by_candidate
         ]
         print_table(["by", "experts", *table.domains], rows, title="perplexity on each domain, and its rise")
+    for used in table.experts_used:
+        _print_with(table, used)
     say("")
     console().print("\n".join(curve(table)), soft_wrap=True)
     say("")
@@ -47,14 +49,44 @@ def print_sweep(table: Sweep) -> None:
     )
 
 
+def _print_with(table: Sweep, used: int) -> None:
+    """The rows of fewer experts for each token, each beside the same choice with as many as the model uses."""
+    own = {(row.metric, row.seed, row.keep): row for row in table.select()}
+    rows = []
+    for row in table.select(experts_used=used):
+        before = own.get((row.metric, row.seed, row.keep))
+        rows.append(
+            (
+                "whole model" if row.metric == table.baseline.metric else _name(row),
+                str(row.keep),
+                number_text(row.perplexity),
+                f"± {number_text(row.stderr)}",
+                _rise_text(row),
+                "" if before is None or before.metric == table.baseline.metric else _rise_text(before),
+                number_text(row.kl_mean),
+                f"{row.top1:.1%}",
+            )
+        )
+    active = table.model.get("active_bytes") or {}
+    saved = ""
+    if isinstance(active, dict) and active.get(str(used)) and active.get("own"):
+        number, whole = active[str(used)], active["own"]
+        saved = f": {bytes_text(number)} of weights in use for a token, {number / whole:.0%} of the"
+        saved += f" {bytes_text(whole)} with the model's own {table.model.get('n_experts_used')}"
+    columns = ["by", "experts", "perplexity", "", "rises by", "with the model's own", "KL", "top-1"]
+    print_table(columns, rows, title=f"with {used} experts for each token{saved}")
+
+
 def _name(row: SweepRow) -> str:
     return row.metric if row.seed is None else f"{row.metric} (seed {row.seed})"
 
 
 def rise_text(row: SweepRow) -> str:
     """+6.4% ± 0.7%: of the perplexity over that of the model as it is, which has none."""
-    if row.metric == "baseline":
-        return ""
+    return "" if row.metric == "baseline" else _rise_text(row)
+
+
+def _rise_text(row: SweepRow) -> str:
     ratio = math.exp(min(row.loss_increase, 700))
     return f"{ratio - 1:+.1%} ± {ratio * row.loss_increase_stderr:.1%}"
 

@@ -11,7 +11,7 @@ from reap.evaluation.keep_limits import largest
 from reap.scores.plan import PrunePlan
 from reap.scores.profile import Profile
 
-CandidateKey = tuple[str, int | None, int]  # (name, seed, experts kept)
+CandidateKey = tuple[str, int | None, int, int | None]  # (name, seed, experts kept, experts of each token)
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class Candidate:
     """The choice."""
     n_bytes: int
     """Exact size of the file that it leaves."""
+    used: int | None = None
+    """Experts of each token; None: as many as the model uses itself."""
 
     @property
     def key(self) -> CandidateKey:
         """What tells it from the others of a sweep."""
-        return self.name, self.seed, self.plan.keep
+        return self.name, self.seed, self.plan.keep, self.used
 
     @property
     def digest(self) -> str:

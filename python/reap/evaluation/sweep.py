@@ -12,6 +12,7 @@ import numpy as np
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineOptions, shows_engine_options
 from reap.errors import ReapWarning, UsageError
 from reap.evaluation.candidates import Choices
+from reap.evaluation.fewer_experts import SweepArguments, UsedArguments, check_experts_used, with_experts_used
 from reap.evaluation.keep_limits import allowed_keeps, parse_increase
 from reap.evaluation.plan_evaluator import PlanEvaluator
 from reap.evaluation.plan_options import ChoiceArguments, shows_plan_options, split_options
@@ -20,6 +21,7 @@ from reap.evaluation.sweep_rows import Table
 from reap.evaluation.sweep_run import ResultWriter, SweepRun, TextEvaluator
 from reap.evaluation.sweep_table import Sweep
 from reap.evaluation.sweep_winner import record_choice
+from reap.files.arguments import divide, shows
 from reap.files.paths import PathLike
 from reap.gguf.model_info import inspect
 from reap.gguf.shards import model_paths
@@ -40,6 +42,7 @@ DEFAULT_METRICS = ("reap", "frequency", "weighted_ean_sum", "random")
 RESUME_FORMAT = "reap.sweep.resume"
 
 
+@shows((UsedArguments, check_experts_used))
 @shows_engine_options(ctx_size=EVALUATION_CTX_SIZE)
 @shows_plan_options()
 def sweep(
@@ -56,7 +59,7 @@ def sweep(
     max_tokens: int | None = None,
     output: PathLike | None = None,
     progress: ProgressCallback | None = None,
-    **options: Unpack[ChoiceArguments],
+    **options: Unpack[SweepArguments],
 ) -> Sweep:
     """Try many choices of experts of `model` on the held-out `text`, without writing one.
 
@@ -78,7 +81,10 @@ def sweep(
         progress: called with scored tokens, of those of all candidates.
         options: allow_mismatch (go on with a profile or plans of another model, where layers and experts are as many;
             the warnings say what differs), resume (take what `OUTPUT.resume`, which an interrupted sweep left, has of
-            the same candidates, and replace the output), force (replace an output that exists); those of `plan`
+            the same candidates, and replace the output), force (replace an output that exists), experts_used (numbers
+            of experts of each token, fewer than the model's own: the whole model and every candidate are tried with
+            each as well, by the engine's own override; a token then takes less work, which pruning does not save;
+            `Sweep.select(experts_used=)` has these rows, winners and limits are of the others); those of `plan`
             (protect, protect_super_experts, blend), for every candidate, and of the engine.
 
     Raises:
@@ -89,7 +95,8 @@ def sweep(
 
     A ReapWarning where part of the text was in the calibration.
     """
-    given = split_options(options)
+    for_used, for_choice = divide("sweep", options, UsedArguments, ChoiceArguments)
+    given = split_options(for_choice)
     engine_options = EngineOptions.of(given.engine, ctx_size=EVALUATION_CTX_SIZE)
     info = inspect(model)
     engine_options = engine_options.within(given.engine, info.context_length)
@@ -105,13 +112,14 @@ def sweep(
     candidates = choices.grid(_keeps(keep, source))
     judged = choices.given(PrunePlan.of(item) for item in plans)
     candidates += judged
+    fewer = check_experts_used(info, (item.plan.keep for item in candidates), **for_used)
     within = {} if max_bytes is None else choices.largest_within(max_bytes)
     file = None if output is None else ResumeFile(output, RESUME_FORMAT, resume=given.resume)
     target = given.output(output, file, (*model_paths(model), profile, *text_paths(text), *plans))
-    opened = PlanEvaluator(model, text, engine_options, max_tokens=max_tokens, allow_mismatch=given.allow_mismatch)
-    evaluator = TextEvaluator(opened, progress)
+    load = partial(PlanEvaluator, model, text, max_tokens=max_tokens, allow_mismatch=given.allow_mismatch)
+    evaluator = TextEvaluator(load(options=engine_options), progress)
     n_bisected = 0 if increase is None else len(choices.metrics) * len(choices.keeps).bit_length()
-    evaluator.expect(1 + len(candidates) + sum(map(len, within.values())) + n_bisected)
+    evaluator.expect((1 + len(candidates)) * (1 + len(fewer)) + sum(map(len, within.values())) + n_bisected)
     run = SweepRun(choices, Table(evaluator), choice=record_choice(profile, given.plan, judged))
     writer = ResultWriter(run, evaluator, engine_options, target, file)
     tried = [*candidates, *(item for found in within.values() for item in found)]
@@ -128,6 +136,9 @@ def sweep(
             run.fit_size(max_bytes, within)
         if increase is not None:
             run.fit_perplexity(increase)
+        for used in fewer:
+            evaluator.reopen(partial(load, options=with_experts_used(engine_options, info.architecture, used)))
+            run.try_with(used, candidates)
     return writer.finish()
 
 

@@ -62,8 +62,17 @@ class Table:
 
     def add_baseline(self, n_experts: int, n_bytes: int) -> None:
         """The model as it is."""
-        key = (BASELINE, None, n_experts)
+        key = (BASELINE, None, n_experts, None)
         self.tried[key] = self._try(key, None, n_bytes, self.evaluator.token_scores(None))
+
+    def add_whole(self, used: int) -> None:
+        """The model with all of its experts, but with `used` of them for each token, as the evaluator now runs it."""
+        row = next(iter(self.tried.values())).rows[0]  # of the model as it is
+        key = (BASELINE, None, row.keep, used)
+        if key not in self.tried:
+            self.tried[key] = self.earlier.get(key) or self._try(
+                key, None, row.bytes, self.evaluator.token_scores(None)
+            )
 
     def add(self, candidate: Candidate) -> None:
         """Run a candidate, unless it was run already."""
@@ -79,11 +88,11 @@ class Table:
 
     def whole(self, metric: str, keep: int, seed: int | None = None) -> SweepRow:
         """The row of a candidate on the whole text."""
-        return self.tried[metric, seed, keep].rows[0]
+        return self.tried[metric, seed, keep, None].rows[0]
 
     def verdicts(self) -> list[Verdict]:
         """The best of what was run at each size, on the whole text and on each domain."""
-        sizes = sorted({keep for name, _, keep in self.tried if name != BASELINE}, reverse=True)
+        sizes = sorted({keep for name, _, keep, used in self.tried if name != BASELINE and used is None}, reverse=True)
         found = [self._verdict(keep, domain) for keep in sizes for domain in (None, *self._domains())]
         return [verdict for verdict in found if verdict is not None]
 
@@ -107,6 +116,7 @@ class Table:
             metric=key[0],
             seed=key[1],
             keep=key[2],
+            experts_used=key[3],
             bytes=n_bytes,
             domain=domain,
             tokens=int(part.log_probs.size),
@@ -128,8 +138,8 @@ class Table:
     def _verdict(self, keep: int, domain: str | None) -> Verdict | None:
         windows = self._windows(domain)
         by_metric: dict[str, list[Floats]] = {}
-        for (name, _, number), tried in self.tried.items():
-            if number == keep and name != BASELINE:
+        for (name, _, number, used), tried in self.tried.items():
+            if number == keep and name != BASELINE and used is None:
                 by_metric.setdefault(name, []).append(tried.losses[windows])
         if len(by_metric) < 2:
             return None
@@ -149,7 +159,8 @@ class Table:
 
     def state(self) -> list[dict[str, Any]]:
         """What was run, as far as a file can hold it, as JSON types; the model as it is is run again."""
-        kept = [it for (name, _, _), it in {**self.earlier, **self.tried}.items() if name != BASELINE]
+        together = {**self.earlier, **self.tried}
+        kept = [it for (name, _, _, used), it in together.items() if name != BASELINE or used is not None]
         most = MOST_STATE_BYTES // max(1, kept[0].losses.nbytes) if kept else 0
         return [
             {
@@ -169,7 +180,10 @@ class Table:
             if not rows:
                 item["rows"].fail("should have at least one row")
             losses = _read_floats(item["losses"], shape)
-            self.earlier[rows[0].metric, rows[0].seed, rows[0].keep] = Tried(item["digest"].string(), rows, losses)
+            row = rows[0]
+            self.earlier[row.metric, row.seed, row.keep, row.experts_used] = Tried(
+                item["digest"].string(), rows, losses
+            )
 
 
 def _read_floats(node: Node, shape: tuple[int, ...]) -> Floats:

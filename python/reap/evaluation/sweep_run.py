@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ from reap.engine import native
 from reap.engine.options import EngineOptions
 from reap.errors import Interrupted
 from reap.evaluation.candidates import Candidate, Choices
+from reap.evaluation.fewer_experts import active_bytes
 from reap.evaluation.keep_limits import smallest
-from reap.evaluation.plan_evaluator import PlanEvaluator
+from reap.evaluation.plan_evaluator import PlanEvaluator, Reference
 from reap.evaluation.quality_metrics import TokenScores, compare_predictions
 from reap.evaluation.resume_file import ResumeFile
 from reap.evaluation.sweep_rows import Table
@@ -34,6 +35,7 @@ class TextEvaluator:
 
     def __init__(self, evaluator: PlanEvaluator, progress: ProgressCallback | None) -> None:
         self.evaluator = evaluator
+        self._reference: Reference | None = None  # of the model as it is, while another number of experts is in use
         self.domains = evaluator.text.domain_of
         self._progress = progress
         self._n_done = 0
@@ -45,14 +47,21 @@ class TextEvaluator:
 
     def token_scores(self, plan: PrunePlan | None) -> TokenScores:
         """The model as if it were pruned; None: as it is."""
-        if plan is None:
+        if plan is None and self._reference is None:
             reference = self.evaluator.reference(self._report)
             found = compare_predictions(reference.windows, reference.windows)
         else:
-            reference = self.evaluator.reference()
+            reference = self._reference or self.evaluator.reference()
             found = self.evaluator.token_scores(plan, reference=reference, progress=self._report)
         self._n_done += 1
         return found
+
+    def reopen(self, load: Callable[[], PlanEvaluator]) -> None:
+        """Go on with the model as `load` opens it, beside what the model as it is predicts; the one before goes
+        first, so that there is room for it."""
+        self._reference = self._reference or self.evaluator.reference()
+        del self.evaluator
+        self.evaluator = load()
 
     def tokens(self) -> NDArray[np.int32]:
         """All windows of the text, one after the other."""
@@ -99,6 +108,12 @@ class SweepRun:
         for candidate in candidates:
             self.table.add(candidate)
             self.after_each()
+
+    def try_with(self, used: int, candidates: Iterable[Candidate]) -> None:
+        """The whole model and the candidates with fewer experts of each token, as the evaluator now runs them."""
+        self.table.add_whole(used)
+        self.after_each()
+        self.try_all(replace(candidate, used=used) for candidate in candidates)
 
     def fit_size(self, max_bytes: int, found: dict[str, list[Candidate]]) -> None:
         """The quality of what is the largest within `max_bytes`."""
@@ -147,6 +162,7 @@ class ResultWriter:
         self._text = evaluator.record()
         self._profile = run.choices.profile
         self._engine = {"reap": version(), "llama_cpp": native.load().__llama_cpp_commit__, "options": options.record()}
+        self._info = evaluator.evaluator.info
         self._output = output
         self._file = file
         texts = dict(zip(self._text["files"], self._text["sha256"], strict=True))
@@ -199,6 +215,17 @@ class ResultWriter:
     def _state(self) -> dict[str, Any]:
         return {"tried": self._run.table.state()}
 
+    def _active_bytes(self) -> dict[str, Any]:
+        """Bytes of weights that a token reads, by number of experts, where several were tried."""
+        numbers = sorted({row.experts_used for row in self._run.table.rows if row.experts_used is not None})
+        if not numbers:
+            return {}
+        named = {
+            "own": active_bytes(self._info, None),
+            **{str(used): active_bytes(self._info, used) for used in numbers},
+        }
+        return {"active_bytes": named}
+
     def _table(self, *, complete: bool) -> Sweep:
         table = self._run.table
         rows = table.rows
@@ -206,7 +233,7 @@ class ResultWriter:
             rows=tuple(rows),
             verdicts=tuple(table.verdicts()),
             targets=tuple(self._run.targets),
-            model={**self._profile.model, "bytes": rows[0].bytes},
+            model={**self._profile.model, "bytes": rows[0].bytes, **self._active_bytes()},
             text=self._text,
             calibration={
                 key: self._profile.calibration[key] for key in ("files", "sha256") if key in self._profile.calibration

@@ -58,6 +58,8 @@ class SweepRow:
     perplexities."""
     experts_sha256: str | None = None
     """`PrunePlan.experts_sha256` of the choice, on the row of the whole text; None where it is not known."""
+    experts_used: int | None = None
+    """Experts of each token, where they are fewer than the model uses itself; None: as many."""
 
     def __getitem__(self, name: str) -> Any:
         """row["bytes"] is row.bytes, as in the file."""
@@ -147,14 +149,28 @@ class Sweep:
         """The model as it is, on the whole text."""
         return self.select(metric=BASELINE)[0]
 
+    @property
+    def experts_used(self) -> tuple[int, ...]:
+        """Numbers of experts of each token that were tried besides the model's own, the largest first."""
+        return tuple(sorted({row.experts_used for row in self.rows if row.experts_used is not None}, reverse=True))
+
     def select(
-        self, *, metric: str | None = None, keep: int | None = None, domain: str | None = None
+        self,
+        *,
+        metric: str | None = None,
+        keep: int | None = None,
+        domain: str | None = None,
+        experts_used: int | None = None,
     ) -> tuple[SweepRow, ...]:
-        """The rows of one domain (None: of the whole text), of any metric and size unless they are given."""
+        """The rows of one domain (None: of the whole text), of any metric and size unless they are given, with as many
+        experts of each token as the model uses itself unless `experts_used` is given."""
         return tuple(
             row
             for row in self.rows
-            if row.domain == domain and (metric is None or row.metric == metric) and (keep is None or row.keep == keep)
+            if row.domain == domain
+            and row.experts_used == experts_used
+            and (metric is None or row.metric == metric)
+            and (keep is None or row.keep == keep)
         )
 
     def best(self, domain: str | None = None) -> dict[int, Verdict]:
@@ -212,7 +228,7 @@ class Sweep:
         check_calibration(Node(records["calibration"], f"{root.where}: calibration"))
         _check_choice(Node(records["choice"], f"{root.where}: choice"))
         rows = tuple(load_row(node) for node in _nodes(root["rows"]))
-        if not any(row.metric == BASELINE and row.domain is None for row in rows):
+        if not any((row.metric, row.domain, row.experts_used) == (BASELINE, None, None) for row in rows):
             root["rows"].fail(f"should begin with the model as it is, but none has the metric {BASELINE!r}")
         return cls(
             rows=rows,
@@ -272,6 +288,11 @@ def load_row(node: Node) -> SweepRow:
         **numbers,
         **{name: _number(node, name) for name in ("loss_increase", "loss_increase_stderr")},
         experts_sha256=_optional_string(node, "experts_sha256"),
+        experts_used=(
+            node["experts_used"].integer(1, EXPERT_LIMIT)
+            if "experts_used" in node and node["experts_used"].value is not None
+            else None
+        ),
     )
 
 

@@ -293,7 +293,7 @@ def _number(node: Node, key: str) -> float | None:
 
 def _sweep_rows(table: Sweep, keep: int, n_source: int) -> list[list[str]]:
     """Of this size, and of the whole model where the sweep has it."""
-    rows = [row for row in table.rows if row.keep in (keep, n_source)]
+    rows = [row for row in table.rows if row.keep in (keep, n_source) and row.experts_used is None]
     return [
         [
             escape(row.metric if row.keep < n_source else "all experts"),
