@@ -237,6 +237,7 @@ def test_files_that_say_what_is_quantised(tmp_path: Path, name: str) -> None:
     [
         {"ignore": ["re:(.*experts\\.3"]},
         {"ignore": ["re:((a*experts\\.3)*)*x"]},
+        {"ignore": ["re:(.|[a-z])*experts\\.3$"]},
         {"ignore": ["blocks.expert_3.up"]},
         {"first": "re:.*experts\\.3.*"},
         {"odd": BLOCK.format(0, 0, "up")},
@@ -277,3 +278,53 @@ def test_innermost_changes() -> None:
     before = {"a": [1, {"b": 2, "c": [3]}], "d": {"x": 1}, "e": 1}
     after = {"a": [1, {"b": 5, "c": [3, 4]}], "d": {"y": 1}, "e": True}
     assert changed_values(before, after) == {("a", 1, "b"): 5, ("a", 1, "c"): [3, 4], ("d",): {"y": 1}, ("e",): True}
+
+
+def test_many_names_and_patterns_take_seconds(tmp_path: Path) -> None:
+    """As of a model of 60 layers with 384 experts, whose lists name every module."""
+    import time
+
+    from reap.hf.disk.expert_names import ExpertNames
+    from reap.hf.disk.layout import CheckpointLayout, Follows
+
+    blocks = {layer: f"model.layers.{layer}.mlp" for layer in range(30)}
+    follows = {
+        f"{block}.experts.{expert}.{kind}_proj.weight": Follows(
+            layer, expert, 0, f"{block}.experts.", f".{kind}_proj.weight", False
+        )
+        for layer, block in blocks.items()
+        for expert in range(192)
+        for kind in MATRICES
+    }
+    layout = CheckpointLayout(30, 192, blocks, (), follows, None, ())  # type: ignore[arg-type]
+    names = ExpertNames(layout, dict.fromkeys(blocks, tuple(range(0, 192, 2))), list(follows))
+    started = time.process_time()
+    names.renamed(
+        {
+            "ignore": [name.removesuffix(".weight") for name in follows],
+            "patterns": [rf"re:.*layers\.{layer}\.self_attn.*" for layer in blocks] + ["model.layers.*.self_attn*"],
+            "modules_in_block_to_quantize": [f"mlp.experts.{expert}.up_proj" for expert in range(192)],
+            "numbers": [r"re:.*experts\.4\..*"],
+        }
+    )
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (r".*layers\.3\.self_attn.*", "self_attn"),
+        (r"experts?\.3", "expert"),
+        (r".*(gate)?cde", "cde"),
+        (r".*(?:gate|up)", ""),
+        (r"[ab]cd", ""),
+        (r"ab{0,3}c", "c"),
+        (r"\dx", "x"),
+        ("*mlp*", "ml"),
+    ],
+)
+def test_what_a_name_must_have_to_match(pattern: str, text: str) -> None:
+    from reap.hf.disk.expert_names import _needed_text
+
+    found = _needed_text(pattern)
+    assert found == text or (len(found) == len(text) and found in pattern)

@@ -29,8 +29,8 @@ _TAIL = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.\d+(?:\.[\w-]+)*)$")
 _PART = re.compile(r"(?P<before>(?:[\w-]+\.)*)experts\.(?P<expert>\d{1,7})(?P<after>(?:\.[\w-]+)*)")
 _MARK = re.compile(r"(re:|[+-]:)?(.*)", re.DOTALL)
 _WILD = re.compile(r"[*?\[\]\\^$|()+{}]")
-#: A repetition of a repetition takes forever on some names.
-_NESTED = re.compile(r"\((?:[^()\\]|\\.)*[+*}](?:[^()\\]|\\.)*\)[+*{]")
+#: A repetition of a repetition or of a choice takes forever on some names.
+_NESTED = re.compile(r"\((?:[^()\\]|\\.)*[+*}|](?:[^()\\]|\\.)*\)[+*{]")
 _MOST_PATTERN = 10_000
 _PREFIXES = ("", "model.", "language_model.model.", "model.language_model.", "language_model.")
 #: Expert matrices of blocks that store them fused, as lists name them.
@@ -143,6 +143,7 @@ class ExpertNames:
         listed: dict[tuple[str, str], set[int]] = {}
         for before, expert, after in parts.values():
             listed.setdefault((before, after), set()).add(expert)
+        is_same: dict[tuple[str, str], bool] = {}  # whether the listed ones are the same afterwards
         result: dict[int, list[str]] = {}
         for place, (before, expert, after) in parts.items():
             fitting = [b for b in self._blocks.values() if f".{b.name}.".endswith(f".{before}")]
@@ -151,7 +152,10 @@ class ExpertNames:
             blocks = [b for b in fitting if b.kept]
             numbers, string = listed[before, after], f"{before}experts.{expert}{after}"
             self.settled.add(string)
-            if all((old in numbers) == (new in numbers) for b in blocks for new, old in enumerate(b.kept)):
+            if (before, after) not in is_same:
+                pairs = ((old in numbers, new in numbers) for b in blocks for new, old in enumerate(b.kept))
+                is_same[before, after] = all(old == new for old, new in pairs)
+            if is_same[before, after]:
                 result[place] = [string] if any(expert < len(b.kept) for b in blocks) else []
             elif key == _RELATIVE:
                 raise UnsupportedModelError(
@@ -169,8 +173,9 @@ class ExpertNames:
             return [string]
         self.settled.add(string)
         modules: list[_Module] = []
-        for heads in self._heads:  # the files' own names before those that they may have elsewhere
-            modules = self._modules(heads) if _may_match(string, heads) else []
+        needed = _needed_text(_MARK.fullmatch(string)[2])  # type: ignore[index]
+        for place, text in enumerate(self._texts):  # the files' own names before those that they may have elsewhere
+            modules = self._modules[place] if _may_match(string, self._heads[place]) and needed in text else []
             if any(match(name) for module in modules for name in (module.old, module.new) for match in matchers):
                 break
         if all(match(module.old) == match(module.new) for module in modules for match in matchers):
@@ -207,14 +212,23 @@ class ExpertNames:
                 suffixes.setdefault(self._layout.blocks[how.layer], {})[how.suffix.rpartition(".")[0]] = None
         return suffixes
 
-    def _modules(self, heads: Mapping[str, _Block]) -> list[_Module]:
-        """Those of the experts that stay."""
-        return [
-            _Module(f"{head}.experts.{old}{suffix}", f"{head}.experts.{new}{suffix}")
-            for head, block in heads.items()
-            for new, old in enumerate(block.kept)
-            for suffix in self._suffixes.get(block.name, _FUSED_MATRICES)
-        ]
+    @cached_property
+    def _modules(self) -> tuple[list[_Module], ...]:
+        """Those of the experts that stay, for each of `_heads`."""
+        return tuple(
+            [
+                _Module(f"{head}.experts.{old}{suffix}", f"{head}.experts.{new}{suffix}")
+                for head, block in heads.items()
+                for new, old in enumerate(block.kept)
+                for suffix in self._suffixes.get(block.name, _FUSED_MATRICES)
+            ]
+            for heads in self._heads
+        )
+
+    @cached_property
+    def _texts(self) -> tuple[str, ...]:
+        """All names of `_modules`, one a line: what is not in there matches none of them."""
+        return tuple("\n".join(name for one in part for name in (one.old, one.new)) for part in self._modules)
 
     @cached_property
     def _others(self) -> list[str]:
@@ -245,6 +259,22 @@ def _may_match(string: str, heads: Mapping[str, object]) -> bool:
     wild = _WILD.search(text)
     begin = text[: wild.start() - 1] if wild and wild.start() else ""
     return any((head + ".experts.").startswith(begin) or begin.startswith(head + ".experts.") for head in heads)
+
+
+def _needed_text(pattern: str) -> str:
+    """The longest run of letters outside of groups and classes that a name must have to match a pattern; empty where
+    none is sure."""
+    if "|" in pattern or "[" in pattern or "(?" in pattern:
+        return ""
+    plain: list[str] = []
+    depth = 0
+    for token in re.findall(r"\\.|.", pattern.replace(r"\.", "."), re.DOTALL):
+        depth += (token == "(") - (token == ")")
+        if token in "*?{":
+            plain[-1:] = "\n"  # what it stands behind may be absent
+        plain.append(token if depth == 0 and (token.isalnum() or token in "_.") else "\n")
+    runs = re.split(r"[\n.]", "".join(plain))
+    return max((run for run in runs if not run.isdigit()), key=len, default="")
 
 
 def _matchers(string: str) -> list[Matcher]:
