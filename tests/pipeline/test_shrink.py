@@ -258,6 +258,11 @@ def test_calls_that_cannot_work(inputs: Path, tmp_path: Path) -> None:
         shrink(inputs, tmp_path / "o", calibration="-")
     with pytest.raises(UsageError, match="should be of files"):
         shrink(inputs, tmp_path / "o", calibration=[{"tokens": [1, 2, 3]}])
+    with pytest.raises(reap.ReapError, match=r"absent\.jsonl"):  # before the text is divided
+        shrink(inputs, tmp_path / "o", calibration=inputs / "absent.jsonl")
+    with pytest.raises(UsageError, match="mask is 'some'"):
+        shrink(inputs, tmp_path / "o", mask="some")
+    assert not (tmp_path / "o").exists()
     with pytest.raises(UsageError, match="is the input"):
         shrink(inputs, inputs)
     with pytest.raises(UsageError, match="name a criterion as well"):

@@ -129,6 +129,7 @@ class ShrinkOptions:
             choice.get("max_text_tokens"), bool(choice.get("loops", False)), plan, texts, engine,
         )  # fmt: skip
         made.check_texts()
+        Calibration(calibration, ctx_size=PROFILE_CTX_SIZE, **texts)  # its options, before a step runs for nothing
         return made
 
     def check_texts(self) -> None:
@@ -138,6 +139,7 @@ class ShrinkOptions:
             raise UsageError("the calibration of a shrink should be of files, so that it is known whether they changed")
         if any(part.path == "-" for part in parts):
             raise UsageError("standard input (-) cannot be read again when a shrink goes on; give a file")
+        text_files([part.path for part in parts if part.path is not None])  # each can be opened
         held_out = {os.path.realpath(path) for path in text_files(self.text)}
         if same := next((part.path for part in parts if part.path and os.path.realpath(part.path) in held_out), None):
             raise UsageError(
