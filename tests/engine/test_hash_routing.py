@@ -230,3 +230,13 @@ def test_profiles_of_such_a_model_merge(profile: Profile, tmp_path: Path) -> Non
         merged = reap.merge([profile, other])
     assert merged.model["hash_routing"] == longer
     assert Profile.load(profile.save(tmp_path / "p.json")).model["hash_routing"] == profile.model["hash_routing"]
+
+
+def test_a_run_that_had_nothing_left_to_measure_says_what_it_lacks(hashed: Path, tmp_path: Path) -> None:
+    lines, keeper = [{"tokens": list(range(40))}], tmp_path / "keeper"
+    whole = reap.profile(hashed, lines, checkpoint=keeper, **OPTIONS)
+    with pytest.warns(ReapWarning, match="had no token left to measure"):
+        found = reap.profile(hashed, lines, checkpoint=keeper, resume=True, **OPTIONS)
+    assert found.counts.tolist() == whole.counts.tolist()
+    assert "hash_routing" in whole.model
+    assert "hash_routing" not in found.model

@@ -17,6 +17,7 @@ from reap.scores.plan import fused_router_counts
         (288, 1, ["vLLM (CUDA)", "SGLang (CUDA)"]),
         (512, 1, ["SGLang (CUDA)"]),
         (256, 8, []),
+        (128, 2, ["SGLang (CUDA)"]),
         (192, 8, ["llama.cpp (CUDA)", "SGLang (CUDA)", "vLLM and SGLang on AMD, with aiter"]),
     ],
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reap
 from reap.errors import FormatError, MismatchError
 from reap.scores.hash_routing import (
     HASH_ROUTING,
@@ -19,6 +21,9 @@ from reap.scores.hash_routing import (
     substitutes_of,
     to_record,
 )
+from reap.scores.plan import PrunePlan
+from reap.scores.profile import Profile
+from reap.scores.records import ARRAYS
 
 N_EXPERTS, N_USED = 12, 3
 
@@ -111,3 +116,20 @@ def test_a_plan_that_says_nothing_of_such_layers_is_refused() -> None:
     require_substitutes({0: {}, 1: {}}, (0, 1))
     with pytest.raises(MismatchError, match="layers 1, 2 are chosen by token id"):
         require_substitutes({0: {}}, (0, 1, 2))
+
+
+def test_a_profile_and_a_plan_of_256_experts_keep_it(tmp_path: Path) -> None:
+    n_experts, rng = 256, np.random.default_rng(2)
+    values = rng.random((60, n_experts))
+    record = to_record({layer: sums_of(np.roll(values, layer)) for layer in range(3)})
+    ones = np.ones((3, n_experts))
+    sums = {name: ones for name in ARRAYS if name not in ("total_tokens", "counts")}
+    model = {"n_experts": n_experts, "n_experts_used": 6, HASH_ROUTING: record}
+    whole = Profile.from_sums(
+        layers=[0, 1, 2], model=model, total_tokens=np.full(3, 256), counts=np.ones((3, n_experts), np.int64), **sums
+    )
+    read = Profile.load(whole.save(tmp_path / "profile.json"))
+    made = PrunePlan.load(reap.plan(read, keep=100).save(tmp_path / "plan.json"))
+    assert made.substitutes == reap.plan(whole, keep=100).substitutes
+    assert all(len(others) == 6 for row in made.substitutes.values() for others in row.values())
+    assert [len(row) for row in made.substitutes.values()] == [156] * 3

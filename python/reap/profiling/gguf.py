@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+_NOTHING_NEW = (
+    "the run went on from a resume file and had no token left to measure, so the profile does not say who takes a"
+    " removed expert's place in the layers that choose experts by token id; profile without --resume to prune the model"
+)
+
+
 class Arguments(EngineArguments, TextArguments, UntilArguments, total=False):
     """How a model is run (`EngineOptions`), the text is read (`Calibration`), and when it is enough (`Until.of`)."""
 
@@ -116,7 +122,11 @@ def profile(
         ran_by["warnings"] = said
     record = info.record()
     if info.hash_layers:
-        record[HASH_ROUTING] = to_record(session.router_likeness())
+        likeness = session.router_likeness()
+        record[HASH_ROUTING] = to_record(likeness)
+        if not all(n_tokens for n_tokens, _, _ in likeness.values()):
+            del record[HASH_ROUTING]
+            warnings.warn(_NOTHING_NEW, ReapWarning, stacklevel=2)
     return make_profile(result, source, layers=layers, model=record, engine=ran_by, until=until)
 
 

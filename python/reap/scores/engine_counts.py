@@ -22,6 +22,13 @@ class Kernel(NamedTuple):
     """Where that was read."""
     grouped: bool | None = None
     """True: of routers with groups alone, False: of those without; None: of all."""
+    most_in_group: int | None = None
+    """Experts that one group may have; None: any number."""
+
+    def takes(self, n_experts: int, n_groups: int) -> bool:
+        """Whether it is made for so many experts in so many groups."""
+        fits = self.most_in_group is None or n_experts // n_groups <= self.most_in_group
+        return fits and n_experts in self.counts
 
 
 def _powers(most: int) -> frozenset[int]:
@@ -56,6 +63,7 @@ KERNELS: tuple[Kernel, ...] = (
         "routes its groups without the fused gate, slower",
         "python/sglang/srt/layers/moe/topk.py, biased_grouped_topk_gpu",
         grouped=True,
+        most_in_group=32,
     ),
     Kernel(
         "vLLM and SGLang on AMD, with aiter",
@@ -78,7 +86,7 @@ def kernel_notes(n_experts: int, n_groups: int = 1) -> list[str]:
 def _notes(n_experts: int, n_groups: int) -> Iterator[str]:
     for kernel in KERNELS:
         applies = kernel.grouped is None or kernel.grouped == (n_groups > 1)
-        if applies and n_experts not in kernel.counts:
+        if applies and not kernel.takes(n_experts, n_groups):
             yield f"{kernel.engine} {kernel.otherwise}"
 
 
