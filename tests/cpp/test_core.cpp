@@ -4,6 +4,7 @@
 #include "collector.h"
 #include "errors.h"
 #include "node_names.h"
+#include "router_likeness.h"
 #include "router_mask.h"
 #include "saliency.h"
 #include "tensor_read.h"
@@ -237,6 +238,27 @@ static void test_router_mask() {
 }
 
 // The others: test_process.cpp, test_session.cpp.
+static void test_router_likeness() {
+    RouterLikeness likeness(3);
+    const float first[] = {1.0f, 2.0f, 3.0f};
+    const float second[] = {0.5f, 0.0f, 4.0f};
+    likeness.add(first);
+    likeness.discard();
+    likeness.add(first);
+    likeness.add(second);
+    CHECK(likeness.sums().n_tokens == 0);  // until it is committed
+    likeness.commit();
+    likeness.commit();  // nothing waits
+    const auto & sums = likeness.sums();
+    CHECK(sums.n_tokens == 2);
+    CHECK(sums.values == (std::vector<double>{1.5, 2.0, 7.0}));
+    CHECK(sums.products[0] == 1.25);
+    CHECK(sums.products[1 * 3 + 0] == 2.0);
+    CHECK(sums.products[2 * 3 + 0] == 5.0);
+    CHECK(sums.products[2 * 3 + 1] == 6.0);
+    CHECK(sums.products[2 * 3 + 2] == 25.0);
+}
+
 void test_process();
 void test_options();
 void test_model(const std::string & path, size_t n_experts, const std::vector<int> & layers);
@@ -247,6 +269,7 @@ int main(int argc, char ** argv) {
     test_node_names();
     test_saliency_sums();
     test_saliency_refuses();
+    test_router_likeness();
     test_tensor_reading();
     test_sums_in_layers();
     test_router_mask();
