@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]  # torch 
 
 #: What the converter needs beyond what transformers writes: entries of published configurations.
 PUBLISHED: dict[str, dict[str, Any]] = {"minimax_m2": {"rotary_dim": 32}}
-#: The converter computes it from the number of experts; a file that is pruned keeps its own.
-PROVENANCE = ("reap.", "general.size_label", "GGUF.")
+#: The converter computes name and size of a folder; a file that is pruned says what is left of its own.
+PROVENANCE = ("reap.", "general.name", "general.size_label", "GGUF.")
 EXACT: dict[str, Any] = {
     "ctx_size": 128,
     "ubatch_size": 64,
