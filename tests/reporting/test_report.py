@@ -17,12 +17,13 @@ import pytest
 import reap
 from helpers.browser import Browser, browser
 from helpers.paths import ROOT
-from helpers.profiles import large_profile, make_profile, reference_document
+from helpers.profiles import add_sums, large_profile, make_profile, random_sums, reference_document
 from reap.errors import FormatError, MismatchError, OutputError, ReapWarning, UsageError
 from reap.evaluation.sweep_table import Sweep, SweepRow, Verdict
 from reap.reporting.plots import rise_ticks
 from reap.reporting.sweep_points import points_of
 from reap.scores.profile import Profile
+from reap.scores.replicates import with_replicates
 
 EXAMPLES = ROOT / "docs" / "examples"
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=2">{{ 7*7 }}<!--\u2028\'"'
@@ -103,6 +104,31 @@ def test_the_page_of_the_example(tmp_path: Path) -> None:
     assert list(page.data["figures"]) == figures.split()
     assert page.tags.count("table") == 10  # all figures but the map and the one layer, and three lists
     assert re.search(r"kept of Σ g·‖f‖", page.text)
+
+
+def test_how_sure_the_choice_is(tmp_path: Path) -> None:
+    whole = {"code": parts_of(1), "law": parts_of(2)}
+    sums = {name: add_sums(list(parts.values())) for name, parts in whole.items()}
+    model = {"n_experts": 8, "n_experts_used": 2}
+    plain = Profile.from_sums(layers=[1, 3], **add_sums(list(sums.values())), model=model, domains=sums)
+    profile = with_replicates(plain, whole)
+    found = profile.stability(4)
+    page = Page(reap.report(profile, tmp_path / "r.html"))
+    assert "stability" in page.data["figures"]
+    assert f"{found.overlap:.0%} of the kept experts another profile of as much text would keep too" in page.text
+    (low, worst) = found.lowest
+    assert f"{found.overlap:.1%} on average; the least in layer {worst}, {low:.1%}." in page.text
+    for name in ("code", "law"):
+        assert f"{name} {found.domains[name].overlap:.1%}" in page.text
+        assert f"{found.domains[name].layers[3]:.1%}" in page.text
+    without = Page(reap.report(plain, tmp_path / "without.html"))
+    assert "stability" not in without.data["figures"]
+    assert "another profile" not in without.text
+
+
+def parts_of(seed: int) -> dict[int, dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return {part: random_sums(rng, 2, 8, tokens=20) for part in range(16)}
 
 
 def test_the_numbers_on_the_page_are_the_profile_s(tmp_path: Path) -> None:
