@@ -735,3 +735,18 @@ def test_streaming_says_what_is_missing(folder: Path, calibration: Path, tmp_pat
         hf.profile(tmp_path, calibration, ctx_size=128, stream=True)
     with pytest.raises(UsageError, match="three ways to load a model"):
         hf.profile(folder, calibration, stream=True, device_map="auto")
+
+
+def test_a_run_ends_when_it_is_enough() -> None:
+    rng = np.random.default_rng(0)
+    lines = [{"tokens": rng.integers(1, 300, 20).tolist()} for _ in range(200)]
+    from helpers import torch_models
+
+    model = torch_models.build("qwen3moe")
+    profile = hf.profile(model, lines, ctx_size=64, until=0.6, keep=0.5, metric="msan")
+    assert profile.calibration["until"]["reached"]
+    assert 32 <= profile.calibration["samples"] < 100
+    assert profile.total_tokens.max() == 20 * profile.calibration["samples"]
+    assert profile.stability(0.5, "msan").overlap > 0.5
+    with pytest.raises(UsageError, match="until needs keep"):
+        hf.profile("/nowhere", lines, until=0.6)
