@@ -98,10 +98,14 @@ def ids(cell: str) -> list[int]:
 
 
 def test_the_card_goes_by_the_pruned_model_s_own_name(source: Path, pruned: Path, tmp_path: Path) -> None:
-    """general.name is the source's unless --name changed it: then the file's name tells the two apart."""
-    assert "\n# small\n" in reap.model_card(pruned, tmp_path / "1.md", source=source).read_text(encoding="utf-8")
-    assert "\n# small\n" in reap.model_card(pruned, tmp_path / "2.md").read_text(encoding="utf-8")
+    """general.name says what is left; where --keep-label left it the source's, the file's name tells the two apart."""
+    text = reap.model_card(pruned, tmp_path / "1.md", source=source).read_text(encoding="utf-8")
+    assert "\n# tiny \\(REAP, 4 of 8 experts\\)\n" in text
     plan = reap.plan(profile_of(source), keep=0.5)
+    reap.prune(source, tmp_path / "labelled.gguf", plan, keep_label=True)
+    text = reap.model_card(tmp_path / "labelled.gguf", tmp_path / "4.md", source=source).read_text(encoding="utf-8")
+    assert "\n# labelled\n" in text
+    assert "\n# small\n" in reap.model_card(pruned, tmp_path / "2.md").read_text(encoding="utf-8")
     reap.prune(source, tmp_path / "named.gguf", plan, name="Half of it")
     text = reap.model_card(tmp_path / "named.gguf", tmp_path / "3.md", source=source).read_text(encoding="utf-8")
     assert "\n# Half of it\n" in text

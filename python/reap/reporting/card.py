@@ -104,7 +104,7 @@ def escape(text: object) -> str:
 
 
 def _own_name(info: ModelInfo, before: ModelInfo | None) -> str:
-    """What tells the pruned model from its source: the name that `prune --name` gave it, or that of its file."""
+    """What tells the pruned model from its source: the name that `prune` gave it, or that of its file."""
     named = info.name if before is not None and info.name != before.name else None
     return named or info.path.name.removesuffix(".gguf")
 
