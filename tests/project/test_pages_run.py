@@ -66,7 +66,7 @@ def test_the_page_runs_as_it_stands(page: Path, folder: Path) -> None:
     patient = {**os.environ, "GOMP_SPINCOUNT": "0"}  # threads that wait do not take the cores from those that work
     for step in steps(page):
         done = subprocess.run(
-            step.command, cwd=folder, capture_output=True, text=True, check=False, timeout=300, env=patient
+            step.command, cwd=folder, capture_output=True, text=True, check=False, timeout=600, env=patient
         )
         assert done.returncode == 0, f"{step.command}: {done.stderr}"
         printed = {shape(line) for line in done.stdout.splitlines()}
