@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,27 @@ def test_stopped_and_gone_on_with(tmp_path: Path, whole: Path, prompts: Path) ->
     assert done == [6, 8]
     assert output.read_bytes() == expected.read_bytes()
     assert not (tmp_path / "answers.jsonl.resume").exists()
+
+
+def test_killed_and_gone_on_with(tmp_path: Path, whole: Path, prompts: Path) -> None:
+    options: Any = {**EXACT, "max_new_tokens": 15, "temperature": 1.0, "parallel": 2}
+    expected, output = tmp_path / "all.jsonl", tmp_path / "answers.jsonl"
+    reap.generate(whole, prompts, expected, **options)
+    code = (
+        "import os, signal, sys, reap; from reap.evaluation import resume_file; resume_file._SECONDS = 0;"
+        " resume_file._SAVING_SHARE = 1e9; kill = int(sys.argv[4]);"
+        " stop = lambda it: it.done >= kill and os.kill(os.getpid(), signal.SIGKILL);"
+        f" reap.generate(*sys.argv[1:4], resume=True, progress=stop, **{options!r})"
+    )
+    for number in (2, 4, 6):  # each goes on from where the one before was killed
+        command = [sys.executable, "-c", code, str(whole), str(prompts), str(output), str(number)]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert not output.exists()
+        kept = json.loads((tmp_path / "answers.jsonl.resume").read_text())
+        assert len(kept["state"]["answers"]) == number
+    reap.generate(whole, prompts, output, resume=True, **options)
+    assert output.read_bytes() == expected.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"all.jsonl", "answers.jsonl", "prompts.jsonl"}
 
 
 def test_the_answers_are_a_calibration(tmp_path: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import reap
 from helpers.torch_needs import absent, needs  # noqa: F401
 from reap.cli import main as run_command
+from reap.evaluation import tasks
 from reap.evaluation.tasks import TaskEvaluation, evaluate_tasks, mcnemar
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's packages warn of themselves
@@ -79,6 +82,31 @@ def test_mcnemar() -> None:
     assert mcnemar(700, 500) < 1e-7
 
 
+def test_the_error_of_a_difference() -> None:
+    """Of means, perplexities and bits: against the spread of many draws."""
+    rng = np.random.default_rng(2)
+    before = rng.normal(-40, 6, (3000, 200))
+    after = before - 2 + rng.normal(0, 3, before.shape)
+    words = rng.integers(10, 30, before.shape).astype(float)
+    figures = {
+        "acc": lambda sums, n: sums.sum(axis=-1) / n.sum(axis=-1),
+        "word_perplexity": lambda sums, n: np.exp(-sums.sum(axis=-1) / n.sum(axis=-1)),
+        "bits_per_byte": lambda sums, n: -sums.sum(axis=-1) / n.sum(axis=-1) / math.log(2),
+    }
+    for name, figure in figures.items():
+        spread = float((figure(after, words) - figure(before, words)).std())
+        whole, ours = ({n: (float(a), float(w)) for n, (a, w) in enumerate(zip(it[0], words[0], strict=True))}
+                       for it in (before, after))  # fmt: skip
+        samples = [
+            {"doc_id": n, "doc_hash": "", "prompt_hash": "", "filter": "none", name: it} for n, it in whole.items()
+        ]
+        found = {"results": {"t": {f"{name},none": float(figure(before[0], words[0]))}}, "samples": {"t": samples}}
+        mine = {(n, "", ""): it for n, it in ours.items()}
+        paired = tasks._paired(found, "t", f"{name},none", float(figure(after[0], words[0])), mine)
+        assert paired.stderr == pytest.approx(spread, rel=0.25), name
+        assert paired.p_value is None
+
+
 @pytest.mark.tasks
 def test_a_plan_is_the_pruned_file(tmp_path: Path, task_files: Path) -> None:
     profile = reap.profile(MODEL, DATA / "calibration.jsonl", ctx_size=128, max_tokens=1500, threads=1)
@@ -96,6 +124,10 @@ def test_a_plan_is_the_pruned_file(tmp_path: Path, task_files: Path) -> None:
             assert gained is not None
             assert lost is not None
             assert ours.whole.difference == pytest.approx((gained - lost) / ours.questions)
+        if ours.metric == "word_perplexity":
+            assert ours.whole.stderr is not None
+            assert 0 < ours.whole.stderr < abs(ours.value)
+            assert ours.whole.p_value is None
     rolling = [next(it for it in found.results if it.task == "reap_rolling").value for found in (virtual, whole)]
     assert rolling[0] != pytest.approx(rolling[1], rel=0.02)
     json.dumps(virtual.to_dict(), allow_nan=False)
@@ -141,6 +173,13 @@ def test_what_shares_a_batch_changes_nothing() -> None:
         assert alone[1] == pytest.approx(together[1], rel=0.005)
         assert alone[2] == together[2]
     assert all(";" not in text for text in alone[2][::2])
+    asked_so = lm.apply_chat_template([{"role": "user", "content": "Why?"}])
+    begun = lm.apply_chat_template(
+        [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Be"}], add_generation_prompt=False
+    )
+    assert "Why?" in asked_so
+    assert begun == asked_so + "Be"
+    assert lm.chat_template(True)
     assert len(set(alone[2])) > 4
 
 
@@ -148,6 +187,7 @@ def test_what_shares_a_batch_changes_nothing() -> None:
 def test_the_harness_itself_knows_the_model(tmp_path: Path, task_files: Path) -> None:
     root = Path(reap.__file__).parent.parent  # where reap_lm_eval.pth lies: site-packages, or the tree
     arguments = ["run", "--model", "reap", "--tasks", "reap_choice", "--include_path", str(task_files), "--limit", "3"]
+    arguments += ["--num_fewshot", "2"]
     arguments += ["--model_args", f"pretrained={MODEL},ctx_size=256,threads=1", "--output_path", str(tmp_path)]
     code = (
         f"import site, sys; sys.path.insert(0, {str(root)!r}); site.addsitedir({str(root)!r});"
@@ -158,7 +198,12 @@ def test_the_harness_itself_knows_the_model(tmp_path: Path, task_files: Path) ->
     assert done.returncode == 0, done.stderr[-2000:]
     (written,) = tmp_path.rglob("results*.json")
     said = json.loads(written.read_text())["results"]["reap_choice"]["acc,none"]
-    assert said == evaluate_tasks(MODEL, "reap_choice", include_path=task_files, limit=3, **EXACT).results[0].value
+    assert (
+        said
+        == evaluate_tasks(MODEL, "reap_choice", include_path=task_files, limit=3, num_fewshot=2, **EXACT)
+        .results[0]
+        .value
+    )
 
 
 @pytest.mark.tasks
@@ -207,7 +252,6 @@ def test_the_same_as_transformers(tmp_path: Path, task_files: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
     from helpers import torch_models
-    from reap.evaluation import tasks
     from reap.evaluation.harness_model import HarnessModel
     from reap.hf import convert_checkpoint
 

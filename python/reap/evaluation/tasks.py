@@ -209,7 +209,12 @@ def _load(names: list[str], include_path: Any, num_fewshot: int | None) -> Any:
 def _run(lm: Any, loaded: Any, limit: int | None) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
-    found: dict[str, Any] = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS)
+    try:
+        found: dict[str, Any] = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS)
+    except ReapError:
+        raise
+    except Exception as error:  # a task is code of its own
+        raise ReapError(f"lm-evaluation-harness failed: {type(error).__name__}: {error}") from error
     return found
 
 
@@ -255,17 +260,52 @@ def _paired(whole: Mapping[str, Any], task: str, key: str, value: float, ours: M
     theirs = _samples(whole, task, *key.split(",", 1))
     if ours.keys() != theirs.keys():
         raise ReapError(f"the task {task} asked the two models different questions")
-    pairs = [(ours[question], theirs[question]) for question in ours]
     stderr = gained = lost = p_value = None
-    if len(pairs) > 1 and all(isinstance(it, (int, float)) for pair in pairs for it in pair):
-        differences = np.array([float(a) - float(b) for a, b in pairs])
-        stderr = float(differences.std(ddof=1)) / math.sqrt(len(pairs))
-        if all(float(it) in (0.0, 1.0) for pair in pairs for it in pair):
-            gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    mine, others = (np.array([_sum_and_weight(found[it]) for it in ours], np.float64) for found in (ours, theirs))
+    slope, slope_before = _slope(mine, value), _slope(others, before)
+    if len(ours) > 1 and slope is not None and slope_before is not None:
+        influence = slope * _influence(mine) - slope_before * _influence(others)
+        stderr = math.sqrt(len(ours) / (len(ours) - 1) * float((influence**2).sum()))
+        answers = np.concatenate([mine, others])
+        if slope == slope_before == 1 and np.isin(answers[:, 0], (0, 1)).all() and (answers[:, 1] == 1).all():
+            gained, lost = (int((sign * (mine - others)[:, 0] > 0).sum()) for sign in (1, -1))
             p_value = mcnemar(gained, lost)
     return PairedAnswers(
         value=before, difference=value - before, stderr=stderr, gained=gained, lost=lost, p_value=p_value
     )
+
+
+def _sum_and_weight(sample: Any) -> tuple[float, float]:
+    """What a question adds to a figure's numerator and denominator: a number, or a pair as of perplexities by word."""
+    if isinstance(sample, (int, float)):
+        return float(sample), 1.0
+    if isinstance(sample, (tuple, list)) and len(sample) == 2 and all(isinstance(it, (int, float)) for it in sample):
+        return float(sample[0]), float(sample[1])
+    return math.nan, math.nan
+
+
+def _slope(parts: Any, value: float) -> float | None:
+    """The derivative of a figure by the ratio r of its sums [n, 2]: of r itself, of exp(-r) (perplexities) or of bits.
+
+    None where the figure is none of these, so that its error cannot be told from its questions.
+    """
+    if not len(parts) or not np.isfinite(parts).all() or parts[:, 1].sum() <= 0:
+        return None
+    ratio = float(parts[:, 0].sum() / parts[:, 1].sum())
+    for figure, slope in (
+        (ratio, 1.0),
+        (math.exp(min(-ratio, 700.0)), -value),
+        (-ratio / math.log(2), -1 / math.log(2)),
+    ):
+        if math.isclose(figure, value, rel_tol=1e-6, abs_tol=1e-12):
+            return slope
+    return None
+
+
+def _influence(parts: Any) -> Any:
+    """How far each question moves the ratio of the sums [n, 2], to first order: float64 [n]."""
+    ratio = parts[:, 0].sum() / parts[:, 1].sum()
+    return (parts[:, 0] - ratio * parts[:, 1]) / parts[:, 1].sum()
 
 
 def mcnemar(gained: int, lost: int) -> float:
