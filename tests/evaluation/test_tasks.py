@@ -259,7 +259,8 @@ def test_the_same_as_transformers(tmp_path: Path, task_files: Path) -> None:
     convert_checkpoint(checkpoint, tmp_path / "m.gguf", outtype="f32", pre=torch_models.PRE)
     theirs = HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", max_length=256, batch_size=1)
     ours = HarnessModel(tmp_path / "m.gguf", **EXACT)
-    found = [tasks._run(lm, tasks._load(TASKS, task_files, None), None)["samples"] for lm in (ours, theirs)]
+    manager = tasks._manager(TASKS, task_files)
+    found = [tasks._run(lm, tasks._load(manager, TASKS, None), None)["samples"] for lm in (ours, theirs)]
     for task in TASKS:
         for mine, other in zip(found[0][task], found[1][task], strict=True):
             if task == "reap_until":

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -148,8 +149,10 @@ def evaluate_tasks(
     def opened(path: PathLike) -> HarnessModel:
         return HarnessModel(path, allow_mismatch=allow_mismatch, progress=report, **engine)
 
+    manager = _manager(names, include_path)
+
     def run(lm: HarnessModel) -> dict[str, Any]:
-        return _run(lm, _load(names, include_path, num_fewshot), limit)
+        return _run(lm, _load(manager, names, num_fewshot), limit)
 
     whole = None if reference is None else run(opened(reference))
     lm = opened(model)  # the reference's weights are gone by now
@@ -182,14 +185,27 @@ def _check(names: list[str], include_path: Any, limit: int | None, num_fewshot: 
         raise UsageError(f"num_fewshot is {num_fewshot}, expected at least 0")
 
 
-def _load(names: list[str], include_path: Any, num_fewshot: int | None) -> Any:
-    """The tasks, prepared as the harness's own command line does it."""
+def _manager(names: list[str], include_path: Any) -> Any:
+    """What finds tasks by their names. The harness's own files take it long to read, so they are left out where the
+    user's have all that was named, unless those refer to the others."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include_path is None else os.fspath(include_path))
+    path = None if include_path is None else os.fspath(include_path)
+    if path is not None:
+        manager = TaskManager(include_path=path, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in names):
+            with suppress(Exception):
+                manager.load(names)
+                return manager
+    manager = TaskManager(include_path=path)
     strange = [name for name in names if not manager.match_tasks([name])]
     if strange:
         raise UsageError(f"lm-evaluation-harness has no task {strange[0]!r}; `lm_eval ls tasks` lists those it has")
+    return manager
+
+
+def _load(manager: Any, names: list[str], num_fewshot: int | None) -> Any:
+    """The tasks, prepared as the harness's own command line does it."""
     try:
         loaded = manager.load(names)
     except ReapError:
