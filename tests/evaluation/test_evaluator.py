@@ -145,7 +145,8 @@ def test_a_plan_gives_the_figures_of_the_pruned_file(tmp_path: Path) -> None:
     assert alone.perplexity == pytest.approx(physical.perplexity, rel=1e-9)
     assert alone.kl_mean is None
     assert virtual.kl_mean > 1e-3  # what was removed mattered
-    assert (virtual.plan, virtual.reference) == ({"metric": "reap", "keep": 4, "n_experts": 8}, str(model))
+    record = {"metric": "reap", "keep": 4, "n_experts": 8, "experts_sha256": plan.experts_sha256}
+    assert (virtual.plan, virtual.reference) == (record, str(model))
     assert (physical.plan, physical.reference) == (None, str(model))
 
 

@@ -234,8 +234,9 @@ def test_the_command_the_page_and_the_card(
         assert named in text
         assert f"{accuracy['value']:.4g} ± {accuracy['stderr']:.2g}" in text
     assert "None were given" not in card
+    assert "small.gguf, before it was written" in card
     (tmp_path / "text.json").write_text("{}")
-    with pytest.raises(reap.FormatError, match="is not what reap evaluate --tasks --json prints"):
+    with pytest.raises(reap.FormatError, match="was compared with no other model"):
         reap.report(tmp_path / "p.json", tmp_path / "r2.html", evaluations=[tmp_path / "text.json"])
 
 

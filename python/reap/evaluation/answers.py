@@ -28,6 +28,7 @@ from reap.engine.generation import (
 from reap.engine.options import GENERATION_CTX_SIZE, EngineArguments, EngineOptions, shows_engine_options
 from reap.engine.session import SessionTokenizer, open_session, open_vocabulary
 from reap.errors import CalibrationError, Interrupted, ReapWarning, UsageError
+from reap.evaluation.plan_evaluator import plan_record
 from reap.evaluation.resume_file import ResumeFile
 from reap.evaluation.virtual import keep_only
 from reap.files.arguments import divide, shows
@@ -222,11 +223,6 @@ def generate(
 def sampling_record(sampling: Sampling) -> dict[str, Any]:
     """How tokens were chosen, as JSON types."""
     return {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-
-
-def plan_record(plan: PrunePlan) -> dict[str, Any]:
-    """What a result keeps of a plan."""
-    return {"metric": plan.metric, "keep": plan.keep, "n_experts": plan.n_experts}
 
 
 def _check(max_new_tokens: int, seed: int, parallel: int) -> None:

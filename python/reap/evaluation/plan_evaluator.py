@@ -291,7 +291,7 @@ class PlanEvaluator:
             **{field.name: getattr(whole, field.name) for field in fields(whole)},
             model=self.model,
             text=self.text.files,
-            plan=None if plan is None else _record_plan(plan),
+            plan=None if plan is None else plan_record(plan),
             reference=None if reference is None else reference.model,
             windows=len(self.text.windows),
             ctx_size=self.text.ctx_size,
@@ -303,7 +303,8 @@ class PlanEvaluator:
         )
 
 
-def _record_plan(plan: PrunePlan) -> dict[str, Any]:
+def plan_record(plan: PrunePlan) -> dict[str, Any]:
+    """What a result says of the plan that was in force."""
     numbers = {"metric": plan.metric, "keep": plan.keep, "n_experts": plan.n_experts}
     return {**numbers, "experts_sha256": plan.experts_sha256}
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from reap.engine.options import GENERATION_CTX_SIZE, EngineArguments, shows_engine_options
 from reap.errors import MissingExtraError, ReapError, UsageError
+from reap.evaluation.plan_evaluator import plan_record
 from reap.files.paths import PathLike
 from reap.progress import Progress, ProgressCallback
 from reap.scores.plan import PrunePlan
@@ -73,7 +74,7 @@ class TaskEvaluation:
     model: str
     """The file."""
     plan: dict[str, Any] | None
-    """Metric and number of kept experts of the plan in force; None: all experts."""
+    """Metric, number and digest of kept experts of the plan in force; None: all experts."""
     reference: str | None
     """The file of the whole model that answered the same questions; None: none did."""
     results: tuple[TaskResult, ...]
@@ -163,9 +164,7 @@ def evaluate_tasks(
     compared = None if whole is None else os.fspath(model if reference is None else reference)
     return TaskEvaluation(
         model=os.fspath(model),
-        plan=None
-        if the_plan is None
-        else {"metric": the_plan.metric, "keep": the_plan.keep, "n_experts": the_plan.n_experts},
+        plan=None if the_plan is None else plan_record(the_plan),
         reference=compared,
         results=tuple(_results(run(lm), whole)),
         harness=lm_eval.__version__,

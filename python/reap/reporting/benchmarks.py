@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from reap.files.formatting import number_text as number
@@ -32,11 +32,15 @@ def is_of_tasks(evaluation: Node) -> bool:
     return "results" in evaluation and "text" not in evaluation
 
 
-def task_rows(evaluation: Node) -> Iterator[list[str]]:
-    """Rows under `COLUMNS`: text, not escaped. FormatError for a file that is damaged."""
+def task_rows(evaluation: Node, names: Mapping[str, str] | None = None) -> Iterator[list[str]]:
+    """Rows under `COLUMNS`: text, not escaped; names: what a choice of experts goes by, by its digest. FormatError for
+    a file that is damaged."""
     model = Path(evaluation["model"].string()).name
     plan = evaluation.members().get("plan")
-    if plan is not None:
+    known = (names or {}).get(str(plan.get("experts_sha256"))) if isinstance(plan, dict) else None
+    if known is not None:
+        model = known
+    elif plan is not None:
         keep = evaluation["plan"]["keep"].integer()
         model += f", as if pruned to {keep} by {evaluation['plan']['metric'].string()}"
     results = evaluation["results"]

@@ -88,7 +88,12 @@ def model_card(
         loops=[sentence for root in judged for sentence in _loops(root)],
         task_columns=COLUMNS,
         tasks_explained=EXPLAINED,
-        tasks=[[escape(cell) for cell in row] for root in judged if is_of_tasks(root) for row in task_rows(root)],
+        tasks=[
+            [escape(cell) for cell in row]
+            for root in judged
+            if is_of_tasks(root)
+            for row in task_rows(root, {origin.experts_sha256: f"{info.path.name}, before it was written"})
+        ],
         answers=[[escape(cell) for cell in row] for row in loop_rows(answered)],
         settings=[escape(sentence) for sentence in recommended_settings(answered)],
         sweep=[] if table is None else _sweep_rows(table, info.n_experts, origin.n_experts),
