@@ -190,7 +190,7 @@ def add_mtp(it: Draft, rng: random.Random, n_experts: int = N_EXPERTS) -> None:
     it.mtp_experts = n_experts
     part = re.search(r"layers\.\d+\.", it.trunk[0])
     assert part is not None
-    for name in it.trunk:
+    for name in (name for name in it.trunk if name in it.tensors):
         new = "mtp.layers.0." + name.split(part[0])[1]
         expert = re.search(r"\.experts\.(\d+)\.", new)
         tensor = it.tensors[name]

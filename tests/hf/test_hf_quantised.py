@@ -154,6 +154,35 @@ def test_a_file_beside_says_it(tmp_path: Path, name: str, document: Any, said: s
         profiled(tmp_path / "in")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_scales_that_are_not_used_are_refused(tmp_path: Path, stream: bool) -> None:
+    """Static scales under another name than the method's: the weights would be read as they stand."""
+    from safetensors.torch import load_file, save_file
+
+    from helpers import checkpoint_models
+
+    source = checkpoint("qwen3moe", tmp_path / "quantised")
+    checkpoint_models.to_fp8(source)
+    path = source / "model.safetensors"
+    tensors = {name.replace("_scale_inv", "_scale_0"): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"weight_scale_0 belongs to a quantised weight, and transformers"):
+        profiled(source, stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_weights_that_are_missing_are_named(tmp_path: Path, stream: bool) -> None:
+    """transformers would run on random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    source = checkpoint("qwen3moe", tmp_path / "in")
+    path = source / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if "layers.1.input_layernorm" not in name}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"has no weights for .*layers\.1\.input_layernorm\.weight"):
+        profiled(source, stream=stream)
+
+
 def test_a_library_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from helpers import checkpoint_models
 

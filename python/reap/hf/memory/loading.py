@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,9 +109,10 @@ def load_model(folder: Path, options: LoadOptions) -> Any:
         offloaded = tempfile.TemporaryDirectory(prefix="reap-offload-", ignore_cleanup_errors=True)
         named |= {"device_map": options.device_map, "offload_folder": offloaded.name}
     with translated(folder):
-        model = auto_class(config).from_pretrained(
+        model, found = auto_class(config).from_pretrained(
             folder,
             config=config,
+            output_loading_info=True,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=options.trust_remote_code,
@@ -119,8 +120,26 @@ def load_model(folder: Path, options: LoadOptions) -> Any:
         )
         if "device_map" not in named:
             model = model.to(best_device(options.device))
+    _check_loaded(folder, found, config)
     model._reap_offloaded = offloaded
     return model.eval()
+
+
+def _check_loaded(folder: Path, found: Mapping[str, Any], config: Any) -> None:
+    """What the model needs was there, or it would run on random numbers; its head is not needed."""
+    from reap.hf.memory.quantised import refuse_unused
+
+    refuse_unused(folder, found["unexpected_keys"], n_layers_of(config))
+    lost = sorted(name for name in found["missing_keys"] if not name.startswith("lm_head"))
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise EngineError(f"{folder}: has no weights for {lost[0]}{more}")
+
+
+def n_layers_of(config: Any) -> int:
+    """The layers of the text model, those for prediction apart; a million where the configuration does not say."""
+    inner = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return int(getattr(inner, "num_hidden_layers", 0) or 0) or 1_000_000
 
 
 def auto_class(config: Any) -> Any:

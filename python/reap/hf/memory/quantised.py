@@ -4,12 +4,14 @@ formats, and which are refused, with the way that works."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from reap.errors import UnsupportedModelError
 from reap.hf.disk.checkpoint_files import QUANTISATIONS, Checkpoint
+from reap.hf.disk.layout import is_apart, is_of_prediction
 from reap.hf.disk.safetensors_file import DTYPE_BITS
 
 #: Decoded by transformers to the type that the model computes in, on any device.
@@ -17,6 +19,9 @@ _DECODED = ("fp8", "mxfp4", "compressed-tensors")
 #: Run by transformers as they are, where their library is installed.
 _RUN = ("bitsandbytes",)
 _PLAIN = frozenset({"F16", "BF16", "F32", "F64", "I64", "I32", "BOOL"})
+_OF_A_WEIGHT = re.compile(
+    r"weight_(scale|zero_point|packed|global_scale)|scale_inv|qweight|qzeros|absmax|_proj_scale|\.(scales|biases|SCB)$"
+)
 _WAY = (
     "profile the checkpoint that it was quantised from, or a GGUF file of the same model: the profile serves this one"
     " as well (reap hf prune --profile)"
@@ -42,6 +47,18 @@ def decode_when_read(folder: Path, config: Any) -> None:
                 f"{folder}: its weights are quantised by {method or 'a method without a name'}, which reap does not"
                 f" run; {_WAY}"
             )
+
+
+def refuse_unused(folder: Path, names: Iterable[str], n_layers: int) -> None:
+    """UnsupportedModelError where something that belongs to a quantised weight was read and not used: the weight was
+    taken for what it is not. n_layers: those that transformers runs."""
+    unused = sorted(
+        name for name in names if _OF_A_WEIGHT.search(name) and not (is_apart(name) or is_of_prediction(name, n_layers))
+    )
+    if unused:
+        raise UnsupportedModelError(
+            f"{folder}: {unused[0][:80]} belongs to a quantised weight, and transformers does not use it; {_WAY}"
+        )
 
 
 def _inner(config: Any) -> Any:

@@ -21,6 +21,7 @@ from torch import nn
 from reap.errors import EngineError, UnsupportedModelError
 from reap.hf.memory.loading import LoadOptions, auto_class, best_device, load_config, shards, translated
 from reap.hf.memory.modules import MoELayer, find_moe_layers
+from reap.hf.memory.quantised import refuse_unused
 from reap.hf.memory.sessions import Batch, Int32s, ModelSession
 from reap.profiling.run import BrokenModelError
 
@@ -83,7 +84,8 @@ class LayerStore:
                 device_map={"": self._device},
                 hf_quantizer=self._quantizer,
             )
-            convert_and_load_state_dict_in_model(self.model, state, config)
+            found, _ = convert_and_load_state_dict_in_model(self.model, state, config)
+            refuse_unused(self._folder, found.unexpected_keys, len(self.layers))
             root = self.model if layer is None else self.layers[layer]
             self._refuse_missing(root, layer)
 
