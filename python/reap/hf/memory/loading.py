@@ -130,7 +130,7 @@ def _check_loaded(folder: Path, found: Mapping[str, Any], config: Any) -> None:
     from reap.hf.memory.quantised import refuse_unused
 
     refuse_unused(folder, found["unexpected_keys"], n_layers_of(config))
-    lost = sorted(name for name in found["missing_keys"] if not name.startswith("lm_head"))
+    lost = sorted(name for name in found["missing_keys"] if "lm_head" not in name.split("."))
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise EngineError(f"{folder}: has no weights for {lost[0]}{more}")
