@@ -63,6 +63,35 @@ void forward(Session & session, const Ids & tokens, bool all_logits) {
     run(session, [&] { session.forward(batch, all_logits); });
 }
 
+// Layer -> its arrays.
+py::dict capture(Session & session, const Ids & tokens, const std::vector<int> & layers, bool experts) {
+    std::vector<int32_t> positions(static_cast<size_t>(tokens.size()));
+    std::iota(positions.begin(), positions.end(), 0);
+    const std::vector<int32_t> sequences(positions.size(), 0);
+    const reap::TokenBatch batch{tokens.data(), positions.data(), sequences.data(), positions.size()};
+    const auto found = run(session, [&] { return session.capture(batch, layers, experts); });
+    const auto size = [](size_t n) { return static_cast<py::ssize_t>(n); };
+    py::dict result;
+    for (const auto & [number, layer] : found) {
+        py::dict arrays;
+        arrays["stream"] = to_numpy(layer.stream, {tokens.size(), size(layer.n_embd)});
+        if (experts) {
+            arrays["ids"] = to_numpy(layer.ids, {tokens.size(), size(layer.n_used)});
+            arrays["gates"] = to_numpy(layer.gates, {tokens.size(), size(layer.n_used)});
+            arrays["inputs"] = to_numpy(layer.inputs, {tokens.size(), size(layer.n_used), size(layer.n_ff)});
+            arrays["gate_before"] = layer.gate_before;
+        }
+        result[py::int_(number)] = arrays;
+    }
+    return result;
+}
+
+void set_adapters(Session & session, const py::iterable & paths) {
+    const std::vector<std::string> bytes = to_paths(paths);
+    const py::gil_scoped_release released;
+    session.set_adapters(bytes);
+}
+
 py::dict sums(const Session & session, size_t group) {
     if (group >= session.n_groups()) {
         throw py::index_error("group");
@@ -334,6 +363,9 @@ void define_session_options(py::module_ & m) {
         .def_readwrite("override_tensors", &SessionOptions::override_tensors)
         .def_readwrite("kv_overrides", &SessionOptions::kv_overrides)
         .def_readwrite("rpc", &SessionOptions::rpc)
+        .def_property(
+            "adapters", [](const SessionOptions & self) { return from_paths(self.adapters); },
+            [](SessionOptions & self, const py::iterable & paths) { self.adapters = to_paths(paths); })
         .def_readwrite("type_k", &SessionOptions::type_k)
         .def_readwrite("type_v", &SessionOptions::type_v)
         .def_readwrite("flash_attn", &SessionOptions::flash_attn)
@@ -447,6 +479,8 @@ void define_what_a_session_does(SessionClass & session) {
         .def("score_continuations", &score_continuations, py::arg("questions"))
         .def("generate", &generate, py::arg("prompts"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"))
         .def("sees_the_future", &sees_the_future)
+        .def("set_adapters", &set_adapters, py::arg("paths"))
+        .def("capture", &capture, py::arg("tokens"), py::arg("layers"), py::arg("experts"))
         .def("router_likeness", &router_likeness)
         .def("set_kept", &set_kept, py::arg("kept").none(true), py::arg("substitutes") = reap::RouterMask::Substitutes());
 }

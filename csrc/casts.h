@@ -45,6 +45,22 @@ inline py::str from_path(const std::string & path) {
     return py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<py::ssize_t>(path.size())));
 }
 
+inline std::vector<std::string> to_paths(const py::iterable & paths) {
+    std::vector<std::string> result;
+    for (const py::handle path : paths) {
+        result.push_back(to_path(py::reinterpret_borrow<py::object>(path)));
+    }
+    return result;
+}
+
+inline py::list from_paths(const std::vector<std::string> & paths) {
+    py::list result;
+    for (const std::string & path : paths) {
+        result.append(from_path(path));
+    }
+    return result;
+}
+
 template <typename Options, typename Class>
 void def_path(Class & options, const char * name, std::string Options::* path) {
     options.def_property(

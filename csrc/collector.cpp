@@ -19,7 +19,11 @@ bool Collector::callback(ggml_tensor * node, bool ask, void * self) {
     try {
         if (ask) {
             const bool to_mask = collector.mask_ != nullptr && collector.mask_->on_ask(node);
-            return (!collector.is_idle() && collector.on_ask(node)) || to_mask;
+            const bool to_capture = collector.capture_ != nullptr && collector.capture_->on_ask(node);
+            return (!collector.is_idle() && collector.on_ask(node)) || to_mask || to_capture;
+        }
+        if (collector.capture_ != nullptr && !collector.abandoned_) {
+            return collector.capture(node);
         }
         return collector.mask(node) || collector.is_idle() || collector.on_stop(node);
     } catch (...) {
@@ -44,6 +48,11 @@ bool Collector::mask(ggml_tensor * node) {
     poll();
     mask_->apply(node);
     return true;
+}
+
+bool Collector::capture(const ggml_tensor * node) {
+    poll();
+    return capture_->on_stop(node, reader_);
 }
 
 bool Collector::on_ask(ggml_tensor * node) {

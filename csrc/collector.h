@@ -5,6 +5,7 @@
 // output has been computed, the collector stops at them as well.
 #pragma once
 
+#include "capture.h"
 #include "ggml.h"
 #include "moe_graph.h"
 #include "router_likeness.h"
@@ -39,6 +40,8 @@ class Collector {
     void set_threads(int n_threads) { reader_.set_threads(n_threads); }
     // What is written over while it is in force, whether anything is collected or not. Not owned.
     void set_mask(RouterMask * mask) { mask_ = mask; }
+    // What reads along, of batches that are not collected; null: nothing. Not owned.
+    void set_capture(Capture * capture) { capture_ = capture; }
     void set_reduce_on_device(bool reduce) { reader_.set_reduce_on_device(reduce); }
     // false: let the rest of the graph run after the last MoE layer, for comparison
     void set_stop_early(bool stop) { stop_early_ = stop; }
@@ -84,6 +87,7 @@ class Collector {
 
     bool is_idle() const { return mode_ == Mode::Idle && !abandoned_; }
     bool mask(ggml_tensor * node);
+    bool capture(const ggml_tensor * node);
     bool on_ask(ggml_tensor * node);
     void begin_graph();
     bool on_stop(ggml_tensor * node);
@@ -103,6 +107,7 @@ class Collector {
     std::exception_ptr        error_;
     std::function<bool()>     poll_;
     RouterMask *              mask_ = nullptr;
+    Capture *                 capture_ = nullptr;
     TensorReader              reader_;
     const int32_t *           groups_ = nullptr;
     size_t                    n_tokens_ = 0;

@@ -53,6 +53,12 @@ void Context::forget(bool with_data) { llama_memory_clear(llama_get_memory(conte
 
 void Context::copy_sequence(int32_t from, int32_t to) { llama_memory_seq_cp(llama_get_memory(context_.get()), from, to, -1, -1); }
 
+void Context::set_adapters(std::vector<llama_adapter_lora *> adapters, std::vector<float> scales) {
+    if (llama_set_adapters_lora(context_.get(), adapters.data(), adapters.size(), scales.data()) != 0) {
+        throw EngineError(with_log("the engine does not take these adapters"));
+    }
+}
+
 size_t Context::batch_size() const { return llama_n_batch(context_.get()); }
 
 void Context::decode(const TokenBatch & batch, const int8_t * wanted, float * hidden) {

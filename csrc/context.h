@@ -36,6 +36,9 @@ class Context {
     // `to` begins with all that the cache holds of `from`, which the two share.
     void copy_sequence(int32_t from, int32_t to);
 
+    // Adds the products of adapters, each with its scale, to those of the model's weights from now on.
+    void set_adapters(std::vector<llama_adapter_lora *> adapters, std::vector<float> scales);
+
     // The most tokens of a batch.
     size_t batch_size() const;
 

@@ -14,12 +14,13 @@ const ggml_tensor * root_of(const ggml_tensor * t) {
 }
 
 // Whether a node multiplies with the down projection of the routed experts (GroveMoE's adjugate ones are "_chexps").
+// An adapter adds its product to it.
 bool multiplies_experts(const ggml_tensor * node) {
     for (const ggml_tensor * t = node; t != nullptr; t = t->src[0]) {
         if (t->op == GGML_OP_MUL_MAT_ID) {
             return std::string_view(t->src[0]->name).find("ffn_down_exps") != std::string_view::npos;
         }
-        if (t->op != GGML_OP_MUL && t->op != GGML_OP_ADD_ID) {
+        if (t->op != GGML_OP_MUL && t->op != GGML_OP_ADD_ID && t->op != GGML_OP_ADD) {
             return false;
         }
     }

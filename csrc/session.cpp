@@ -27,6 +27,7 @@ bool is_worth_reading(const std::string & line) {
         "padding V cache",                     // memory, where layers have heads of their own and there is no flash attention
         "sharing with layer",                  // caches of layers that share one by design
         "n_ctx is not divisible by n_seq_max",
+        "fallback to CPU",                     // an adapter of weights that were rearranged
     };
     const auto names = [&](const char * words) { return line.find(words) != std::string::npos; };
     return line.find_first_not_of("* ") != std::string::npos && std::none_of(std::begin(HARMLESS), std::end(HARMLESS), names);
@@ -52,6 +53,7 @@ Session::Session(const SessionOptions & options) : options_(options) {
     check_cache(options_, model_.get());
     create_context();
     create_prediction_block();
+    set_adapters(options_.adapters);
     collect_warnings();
     collector_.set_mask(&mask_);
     collector_.set_threads(options_.threads);
@@ -255,6 +257,40 @@ void Session::forward(const TokenBatch & batch, bool all_logits) {
     std::vector<int8_t> wanted(batch.n_tokens, all_logits);
     wanted.back() = 1;
     context_->decode(batch, wanted.data());
+}
+
+void Session::set_adapters(const std::vector<std::string> & paths) {
+    decltype(adapters_) adapters;
+    std::vector<llama_adapter_lora *> handles;
+    for (const std::string & path : paths) {
+        const CatchAssertions catch_assertions;  // the engine logs what is thrown, and returns null
+        adapters.emplace_back(llama_adapter_lora_init(model_.get(), path.c_str()), llama_adapter_lora_free);
+        if (!adapters.back()) {
+            throw EngineError(with_log(path + ": the engine cannot load this adapter"));
+        }
+        handles.push_back(adapters.back().get());
+    }
+    if (!handles.empty() || !adapters_.empty()) {
+        context_->set_adapters(handles, std::vector<float>(handles.size(), 1.0F));
+    }
+    adapters_ = std::move(adapters);
+}
+
+std::map<int, Capture::Layer> Session::capture(const TokenBatch & batch, const std::vector<int> & layers, bool experts) {
+    check_batch(batch, nullptr);
+    Capture capture(layers, experts);
+    // all logits are asked for, or the last layer would see one token: most graphs drop the others before it
+    const std::vector<int8_t> wanted(batch.n_tokens, 1);
+    struct Guard {
+        Collector & collector;
+        ~Guard() { collector.set_capture(nullptr); }
+    } const guard{collector_};
+    collector_.set_capture(&capture);
+    forget(false);
+    capture.begin_batch();
+    context_->decode(batch, wanted.data());
+    capture.check_batch(batch.n_tokens);
+    return capture.layers();
 }
 
 void Session::discard() {

@@ -1,6 +1,7 @@
 // A model and a context: what is loaded, run, collected and pruned virtually. RAII, no Python.
 #pragma once
 
+#include "capture.h"
 #include "collector.h"
 #include "context.h"
 #include "prediction_block.h"
@@ -11,6 +12,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -69,6 +71,12 @@ class Session {
     // Runs a batch without collecting anything: all logits, or the last token's alone. What a profile is measured against.
     void forward(const TokenBatch & batch, bool all_logits);
 
+    // Takes the place of the adapters that were in force. Paths are bytes.
+    void set_adapters(const std::vector<std::string> & paths);
+
+    // Runs a batch as far as the last of `layers`, and gives what a repair is fitted on (capture.h); without `experts` the hidden states alone.
+    std::map<int, Capture::Layer> capture(const TokenBatch & batch, const std::vector<int> & layers, bool experts);
+
     // Calls on_logits(position, logits [n_vocab]) for the positions from `first` on, in a fresh context.
     using OnLogits = std::function<void(size_t position, const float * logits)>;
     void for_each_logits(const std::vector<int32_t> & tokens, size_t first, const OnLogits & on_logits);
@@ -103,6 +111,7 @@ class Session {
     Collector      collector_;
     std::unique_ptr<llama_model, void (*)(llama_model *)> model_{nullptr, llama_model_free};
     std::unique_ptr<Tokenizer>       tokenizer_;
+    std::vector<std::unique_ptr<llama_adapter_lora, void (*)(llama_adapter_lora *)>> adapters_;  // in force in the context
     std::unique_ptr<Context>         context_;
     std::unique_ptr<PredictionBlock> prediction_;  // null: the model has none, or it is not to be profiled
     std::vector<std::string>         warnings_;

@@ -28,6 +28,7 @@ struct SessionOptions {
     std::vector<std::pair<std::string, std::string>> override_tensors;  // (regular expression, buffer type)
     std::vector<std::array<std::string, 3>>          kv_overrides;      // (key of the model's metadata, int | float | bool | str, value)
     std::vector<std::string> rpc;  // "host:port"
+    std::vector<std::string> adapters;  // paths as bytes of LoRA adapters, each in full force
     std::string type_k = "f16";    // of kv_cache_types()
     std::string type_v = "f16";
     std::string flash_attn = "auto";

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from reap.progress import Progress as Progress
     from reap.pruning.gguf import PruneReport as PruneReport
     from reap.pruning.gguf import prune as prune
+    from reap.repairing.run import RepairReport as RepairReport
+    from reap.repairing.run import repair as repair
     from reap.reporting.card import model_card as model_card
     from reap.reporting.comparison import comparison_report as comparison_report
     from reap.reporting.notebook import plot as plot
@@ -95,6 +97,7 @@ _HOME = {
     "profiling.preview": ("preview",),
     "progress": ("Progress",),
     "pruning.gguf": ("PruneReport", "prune"),
+    "repairing.run": ("RepairReport", "repair"),
     "reporting.card": ("model_card",),
     "reporting.comparison": ("comparison_report",),
     "reporting.notebook": ("plot",),
@@ -113,7 +116,7 @@ __all__ = sorted((*_MODULE_OF, "__version__"))
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = import_module("reap.version").version()
+        value: Any = import_module("reap.files.version").version()
     elif name in _MODULE_OF:
         value = getattr(import_module(f"reap.{_MODULE_OF[name]}"), name)
     else:

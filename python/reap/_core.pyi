@@ -1,7 +1,7 @@
 """The native core: llama.cpp with a collector in its graph. Import it through `reap.engine.native` only."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,11 @@ class SessionOptions:
     # (key of the model's metadata, "int", "float", "bool" or "str", value); key and value of at most 127 bytes
     kv_overrides: list[tuple[str, str, str]]
     rpc: list[str]  # "host:port"
+    @property
+    def adapters(self) -> list[str]: ...  # LoRA adapters, each in full force
+    @adapters.setter
+    def adapters(self, value: Iterable[_Path]) -> None: ...
+
     type_k: str  # a name of `kv_cache_types`
     type_v: str
     flash_attn: str  # "auto", "on" or "off"
@@ -277,6 +282,20 @@ class Session:
     def router_likeness(self) -> dict[int, tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
         """By layer whose experts are selected by token id, of the tokens that this session committed: how many, and of
         the router's values v Σ v float64 [n_experts] and Σ v·w float64 [n_experts, n_experts]."""
+
+    def set_adapters(self, paths: Iterable[_Path]) -> None:
+        """Let LoRA adapters take the place of those in force. Raises `reap.errors.EngineError`; who calls has checked
+        that an adapter of experts has as many as the model, which the engine does not."""
+
+    def capture(self, tokens: NDArray[np.int32], layers: list[int], experts: bool) -> dict[int, dict[str, Any]]:
+        """Run one sequence as far as the last of `layers`; layer -> what was read.
+
+        stream: float32 [n_tokens, n_embd], the hidden states that the layer hands on. With `experts` also ids: int32
+        [n_tokens, n_used], gates: float32 [n_tokens, n_used], inputs: float32 [n_tokens, n_used, n_ff], what enters
+        the down projections; gate_before: bool, whether the gate is in the inputs already.
+
+        Raises `reap.errors.UnsupportedModelError` for a graph that does not show them.
+        """
 
     def set_kept(self, kept: dict[int, list[int]] | None, substitutes: dict[int, dict[int, list[int]]] = ...) -> None:
         """From now on run as if each MoE layer (GGUF block index) had only the experts `kept[layer]`; None: all of them

@@ -77,6 +77,7 @@ EDGES: dict[str, list[Any]] = {
         [["exps", "none"]],
         [["exps"]],
     ],
+    "adapters": [[], [""], ["/nowhere"], ["/dev/null"], ["a\x00b"], ["\udcff"], "x", None, [1]],
     "rpc": [["x"], [":1"], ["h:99999"], ["h:0"], ["h:"], [""]],
     "kv_overrides": [
         [[KEY + "expert_used_count", "int", value]] for value in ("4", "0", "9", "-1", str(2**63), "", "x")

@@ -108,6 +108,7 @@ WRONG: dict[str, Any] = {
         [("a", "x", "3")],
     ],
     "rpc": [3, None, [3]],
+    "lora": [3, None, [3], "", [""]],
     "type_k": [16, None, "i8", "f64", "q8_1", ""],
     "type_v": [16, None, "i8"],
     "flash_attn": ["maybe", None, True],

@@ -41,6 +41,7 @@ PUBLIC = [
     "QuantizeReport",
     "ReapError",
     "ReapWarning",
+    "RepairReport",
     "ShrinkResult",
     "Stability",
     "Sweep",
@@ -64,6 +65,7 @@ PUBLIC = [
     "prune",
     "quantize",
     "refine",
+    "repair",
     "report",
     "shrink",
     "super_experts",
@@ -75,8 +77,7 @@ PUBLIC = [
 MAY_IMPORT = {
     "errors": "",
     "progress": "",
-    "version": "",
-    "files": "errors progress version",
+    "files": "errors progress",
     "text": "files",
     "gguf": "files",
     "engine": "gguf",
@@ -84,10 +85,11 @@ MAY_IMPORT = {
     "pruning": "scores",
     "profiling": "engine scores",
     "evaluation": "profiling pruning",
+    "repairing": "evaluation",
     "reporting": "evaluation",
     "pipeline": "reporting",
     "hf": "evaluation",
-    "cli": "hf pipeline",
+    "cli": "hf pipeline repairing",
 }
 # These run where the native module was never built.
 PURE = ("files", "text", "gguf", "scores", "pruning", "reporting", "hf.disk")
@@ -344,7 +346,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
 NATIVE_RANKS = [
     {"assertion_guard", "errors", "free_memory", "log_sink", "node_names"},
     {"devices", "memory_guard", "moe_graph", "quantizer", "router_likeness", "saliency", "tensor_read"},
-    {"big_stack", "router_mask", "session_options"},
+    {"big_stack", "capture", "router_mask", "session_options"},
     {"collector", "tokenizer"},
     {"context"},
     {"prediction_block"},

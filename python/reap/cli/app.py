@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from reap.cli import cut, evaluate, generate, hf, measure, shrink, utilities
+from reap.cli import cut, evaluate, generate, hf, measure, repair, shrink, utilities
 from reap.errors import Interrupted, ReapError
-from reap.version import version
+from reap.files.version import version
 
 
 class _Group(TyperGroup):
@@ -88,7 +88,15 @@ def reap(
     """
 
 
-PANELS = (shrink.PANEL, measure.PANEL, cut.PANEL, evaluate.PANEL, generate.PANEL, utilities.PANEL)
+PANELS = (
+    shrink.PANEL,
+    measure.PANEL,
+    cut.PANEL,
+    repair.PANEL,
+    evaluate.PANEL,
+    generate.PANEL,
+    utilities.PANEL,
+)
 for _panel in PANELS:
     _panel.add_to(app)
 app.add_typer(hf.group, rich_help_panel=utilities.PANEL.title)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from reap.cli.show import say
+from reap.engine.options import engine_fields
 
 #: Options with which the engine runs a model where another command should run it too.
 ENGINE = (
-    "threads", "gpu_layers", "devices", "override_tensors", "override_kv", "rpc", "type_k", "type_v", "flash_attn",
+    *(field.name for field in engine_fields() if field.name not in ("ctx_size", "batch_size", "ubatch_size", "lora")),
     "cpu_moe", "n_cpu_moe",
 )  # fmt: skip
 

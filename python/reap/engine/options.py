@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, TypedDict, TypeVar
 
 from reap.errors import UsageError
+from reap.files.paths import PathLike
 
 #: Tokens of a window where the caller gives no `ctx_size`: of a profile, and of a text that a model is judged on.
 PROFILE_CTX_SIZE = 2048
@@ -117,6 +118,21 @@ class Tupled(Listed):
         return super()._item(name, item)
 
 
+@dataclass(frozen=True)
+class Paths(Listed):
+    """Any number of paths, as strings; one by itself is one of them."""
+
+    separator: str = r"(?!)"
+    """Nothing: a path may hold any character."""
+
+    def check(self, name: str, value: object) -> tuple[Any, ...]:
+        """A tuple of strings."""
+        return super().check(name, (value,) if isinstance(value, os.PathLike) else value)
+
+    def _item(self, name: str, item: object) -> Any:
+        return super()._item(name, os.fspath(item) if isinstance(item, os.PathLike) else item)
+
+
 def _split_pair(text: str) -> tuple[str, str]:
     """PATTERN=BUFFER, as llama.cpp writes it."""
     pattern, _, buffer = text.rpartition("=")
@@ -169,6 +185,7 @@ class EngineArguments(TypedDict, total=False):
     override_tensors: Sequence[str | tuple[str, str]]
     override_kv: Sequence[str | tuple[str, str, str]]
     rpc: Sequence[str]
+    lora: PathLike | Sequence[PathLike]
     type_k: str
     type_v: str
     flash_attn: str
@@ -233,6 +250,17 @@ class EngineOptions:
         Option(Listed("host:port"), None, "Servers that compute for this machine.", metavar="HOST:PORT"),
     ] = ()
     """ "host:port" of the servers that compute for this machine."""
+    lora: Annotated[
+        PathLike | Sequence[PathLike],
+        Option(
+            Paths("the path of an adapter"),
+            None,
+            "A LoRA adapter, a repair say, to run with the model; may be given again.",
+            metavar="ADAPTER",
+            setting="adapters",
+        ),
+    ] = ()
+    """LoRA adapters in llama.cpp's own format, each in full force; `reap repair` writes one."""
     type_k: Annotated[str, Option(_CACHE, "-ctk", "Type of the K cache.")] = "f16"
     """ggml type of the K cache."""
     type_v: Annotated[str, Option(_CACHE, "-ctv", "Type of the V cache.")] = "f16"
@@ -265,6 +293,11 @@ class EngineOptions:
     def given_metadata(self) -> tuple[tuple[str, str, str], ...]:
         """(key, type, value) of override_kv."""
         return tuple(pair for pair in self.override_kv if not isinstance(pair, str))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The paths of `lora`."""
+        return tuple(os.fspath(path) for path in typing.cast(Sequence[PathLike], self.lora))
 
     def record(self) -> dict[str, Any]:
         """What a profile keeps of them, as JSON types."""

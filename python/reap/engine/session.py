@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 from reap.engine.devices import check_servers
 from reap.engine.options import EngineOptions, engine_fields, usable_cores
 from reap.errors import EngineError, UnsupportedModelError
+from reap.gguf.adapter import check_fits, read_adapter
 from reap.gguf.model_info import engine_refusal
 from reap.gguf.reader import GGUFModel, first_file
 
@@ -39,7 +40,8 @@ def open_session(
     prediction_layer: the multi-token-prediction block whose experts are profiled as well, run in a context of its own.
 
     Raises EngineError with the end of the engine's log, UsageError for an option that cannot work,
-    UnsupportedModelError for a model with types of tensors that only another engine runs, NativeModuleMissing.
+    UnsupportedModelError for a model with types of tensors that only another engine runs, MismatchError for an adapter
+    of another model, NativeModuleMissing.
     """
     _check_types(path)
     core = native.load()
@@ -56,6 +58,10 @@ def open_session(
     settings.head_on_host = head_on_host
     settings.prediction_layer = -1 if prediction_layer is None else prediction_layer
     check_servers(options.rpc)
+    if settings.adapters:
+        with GGUFModel.open(path) as model:
+            for adapter in settings.adapters:
+                check_fits(read_adapter(adapter), model)
     try:
         return core.Session(settings)
     except EngineError as error:

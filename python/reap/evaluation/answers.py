@@ -34,13 +34,13 @@ from reap.evaluation.virtual import keep_only
 from reap.files.arguments import divide, shows
 from reap.files.atomic import check_outputs, paths_of, write_whole
 from reap.files.paths import PathLike
+from reap.files.version import version
 from reap.gguf.model_info import ModelInfo, inspect
 from reap.progress import Progress, ProgressCallback
 from reap.pruning.compatibility import check_plan
 from reap.scores.plan import PrunePlan
 from reap.text.asked import Asked, PromptArguments, Prompts
 from reap.text.samples import Source
-from reap.version import version
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

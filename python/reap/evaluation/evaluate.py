@@ -92,8 +92,9 @@ def evaluate(
     steps = Steps(progress, (1 + is_compared) * (1 + probe.of_text))
     said: list[str] = []
 
-    def opened(path: PathLike) -> PlanEvaluator:
-        evaluator = PlanEvaluator(path, text, options, max_tokens=max_tokens, allow_mismatch=allow_mismatch)
+    def opened(path: PathLike, *, lora: bool = True) -> PlanEvaluator:
+        chosen = options if lora else replace(options, lora=())  # an adapter is of `model`
+        evaluator = PlanEvaluator(path, text, chosen, max_tokens=max_tokens, allow_mismatch=allow_mismatch)
         for warning in evaluator.warnings:
             if warning not in said:
                 said.append(warning)
@@ -104,7 +105,7 @@ def evaluate(
         expected = evaluator.reference(steps.next())
         return expected, probe.continuations(evaluator, None, steps.next()) if probe.of_text else None
 
-    expected, before = examine(opened(reference)) if has_other and reference is not None else (None, None)
+    expected, before = examine(opened(reference, lora=False)) if has_other and reference is not None else (None, None)
     evaluator = opened(model)  # the reference's weights are gone by now
     if the_plan is not None and expected is None:
         expected, before = examine(evaluator)

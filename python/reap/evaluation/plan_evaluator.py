@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from reap.engine.options import EVALUATION_CTX_SIZE, EngineOptions
 from reap.engine.session import SessionTokenizer, open_session
 from reap.errors import MismatchError, UnsupportedModelError, UsageError
+from reap.evaluation.adapters import Adapters
 from reap.evaluation.loops import N_PROMPTS, Continuations, choose_prompts, continue_prompts
 from reap.evaluation.quality_metrics import Predictions, TokenScores, compare_predictions, quality_metrics
 from reap.evaluation.result import Evaluation
@@ -104,7 +105,9 @@ class PlanEvaluator:
         self._reference_bytes = reference_bytes
         self._allow_mismatch = allow_mismatch
         # one window is one sequence: a larger batch would take memory, and change nothing
-        self._session = open_session(model, replace(options, batch_size=None), n_bytes=self.info.n_bytes)
+        settings = replace(options, batch_size=None, lora=())
+        self._session = open_session(model, settings, n_bytes=self.info.n_bytes)
+        self._adapters = Adapters(self._session, self.info, options.adapters, allow_mismatch=allow_mismatch)
         self._check_causal()
         self.text: EvaluationText = read_evaluation_text(
             text, SessionTokenizer(self._session), options.ctx_size or self._session.ctx_size, max_windows
@@ -127,6 +130,7 @@ class PlanEvaluator:
         """What this model predicts with all of its experts; computed at the first call and kept."""
         if self._reference is None:
             self._session.set_kept(None)
+            self._adapters.apply_own()
             n_top = self._n_top()
             windows = []
             for window in self._windows(progress):
@@ -139,6 +143,7 @@ class PlanEvaluator:
     def seconds_per_window(self) -> float:
         """How long a window takes; two are run, and the first, which also reads the weights, does not count."""
         self._session.set_kept(None)
+        self._adapters.apply_own()
         for window in (self.text.windows * 2)[:2]:
             started = time.perf_counter()
             self._session.predict_top(window, self.text.first_scored, self._n_top())
@@ -175,6 +180,7 @@ class PlanEvaluator:
         For a search that tries single experts: their number may differ between layers, which no file could have.
         """
         reference = self.reference()
+        self._adapters.apply_own()
         self._set_kept(kept)
         expected = [reference.windows[index] for index in windows]
         return compare_predictions(
@@ -261,9 +267,11 @@ class PlanEvaluator:
 
     def _set_plan(self, plan: PrunePlan | None) -> None:
         if plan is None:
+            self._adapters.apply(None)
             self._session.set_kept(None)
             return
         check_plan(self.info, plan, allow_mismatch=self._allow_mismatch)
+        self._adapters.apply(plan)
         self.like = plan.model
         self._set_kept(plan.layers)
 

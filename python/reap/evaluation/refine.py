@@ -31,6 +31,7 @@ from reap.evaluation.search_state import Kept, SearchState, SearchStats
 from reap.evaluation.search_windows import divide_windows
 from reap.files.atomic import RewrittenOutput
 from reap.files.paths import PathLike
+from reap.files.version import version
 from reap.gguf.model_info import inspect
 from reap.gguf.shards import model_paths
 from reap.profiling.interrupts import endings_as_interrupts, uninterrupted
@@ -40,7 +41,6 @@ from reap.scores.plan import PrunePlan
 from reap.scores.profile import Profile
 from reap.scores.ranking import Keep
 from reap.text.evaluation_text import Text, text_paths
-from reap.version import version
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

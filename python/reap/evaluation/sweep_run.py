@@ -23,11 +23,11 @@ from reap.evaluation.resume_file import ResumeFile
 from reap.evaluation.sweep_rows import Table
 from reap.evaluation.sweep_table import Sweep, SweepRow, Target
 from reap.files.atomic import RewrittenOutput
+from reap.files.version import version
 from reap.profiling.interrupts import uninterrupted
 from reap.progress import Progress, ProgressCallback
 from reap.scores.plan import PrunePlan
 from reap.text.overlap import overlap_warnings
-from reap.version import version
 
 
 class TextEvaluator:

@@ -17,6 +17,7 @@ from reap.evaluation.sweep_table import Sweep, SweepRow
 from reap.evaluation.sweep_winner import plan_of_row
 from reap.files.atomic import write_whole
 from reap.files.strict_json import json_bytes
+from reap.files.version import version
 from reap.gguf.shards import model_paths
 from reap.pipeline.job_folder import JobFolder, Step
 from reap.pipeline.shrink_options import ShrinkOptions
@@ -28,7 +29,6 @@ from reap.reporting.card import model_card
 from reap.reporting.profile_report import report
 from reap.scores.profile import Profile
 from reap.text.sources import parts_of
-from reap.version import version
 
 CHOOSE, JUDGE = "text-choose.jsonl", "text-judge.jsonl"
 PROFILE, SWEEP, PLAN, EVALUATION, PAGE, CARD = (

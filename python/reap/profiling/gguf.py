@@ -12,6 +12,7 @@ from reap.errors import ReapWarning, UnsupportedModelError, UsageError
 from reap.files.arguments import divide, shows
 from reap.files.atomic import check_distinct
 from reap.files.paths import PathLike
+from reap.files.version import version
 from reap.gguf.missing_keys import sentences
 from reap.gguf.model_info import ModelInfo, inspect, require_moe
 from reap.gguf.shards import model_paths
@@ -24,7 +25,6 @@ from reap.scores.hash_routing import HASH_ROUTING, to_record
 from reap.scores.profile import Profile
 from reap.text.sources import Source
 from reap.text.windows import Calibration, TextArguments
-from reap.version import version
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

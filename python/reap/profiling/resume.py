@@ -23,11 +23,11 @@ from reap.files.atomic import check_outputs, write_whole
 from reap.files.paths import PathLike
 from reap.files.recognise import RESUME_FILE, what_is
 from reap.files.strict_json import Node, json_bytes, read_json
+from reap.files.version import version
 from reap.scores.profile import Profile
 from reap.scores.records import SUMS
 from reap.scores.replicates import PARTS
 from reap.text.windows import Calibration
-from reap.version import version
 
 FORMAT = "reap.resume"
 VERSION = 2

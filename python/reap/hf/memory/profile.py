@@ -17,6 +17,7 @@ from reap.files.arguments import divide, shows
 from reap.files.atomic import check_distinct, paths_of
 from reap.files.paths import PathLike
 from reap.files.strict_json import parse_json
+from reap.files.version import version
 from reap.gguf.router_sketch import RouterSketch, to_record
 from reap.hf.dependencies import require_extra
 from reap.hf.disk.config import trained_context
@@ -40,7 +41,6 @@ from reap.progress import ProgressCallback
 from reap.scores.profile import Profile
 from reap.text.sources import Source
 from reap.text.windows import Calibration, TextArguments
-from reap.version import version
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
