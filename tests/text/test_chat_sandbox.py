@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from reap.errors import CalibrationError, UsageError
-from reap.text import sandbox
+from reap.text import budget, sandbox
 from reap.text.chat_template import ChatTemplate
 
 ATTACKS = sorted((Path(__file__).parent / "attacks").glob("*.jinja"))
@@ -130,3 +130,20 @@ def test_long_conversations_are_within_the_bounds() -> None:
     messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 200} for i in range(400)]
     text = ChatTemplate(source, origin="the template").render(messages)
     assert len(text) == 400 * 1000
+
+
+def test_the_garbage_of_the_process_is_not_the_template_s_time() -> None:
+    def work(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    with budget.limited(0.1):
+        allowed = budget.Budget(0, 0)
+        budget._COLLECTING.note("start", {})
+        work(0.2)
+        budget._COLLECTING.note("stop", {})
+        allowed.tick()
+        work(0.2)
+        with pytest.raises(budget.Exhausted, match="takes too long"):
+            allowed.tick()

@@ -7,6 +7,7 @@ before it is done, and time is looked at between operations.
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
@@ -59,7 +60,7 @@ class Budget:
 
     def tick(self) -> None:
         """Look at the clock now."""
-        if time.thread_time() > self._deadline:
+        if _seconds() > self._deadline:
             raise Exhausted("the template takes too long")
 
     def check(self, length: int) -> None:
@@ -104,6 +105,29 @@ class Budget:
         return total
 
 
+class _Collecting:
+    """Processor time that Python's garbage collector took: with the size of the process, not with the template's."""
+
+    def __init__(self) -> None:
+        self.seconds = self._started = 0.0
+
+    def note(self, phase: str, _info: object) -> None:
+        """The collector starts or stops."""
+        if phase == "start":
+            self._started = time.thread_time()
+        else:
+            self.seconds += max(0.0, time.thread_time() - self._started)
+
+
+_COLLECTING = _Collecting()
+gc.callbacks.append(_COLLECTING.note)
+
+
+def _seconds() -> float:
+    """Processor time of this thread, without what the garbage collector took."""
+    return time.thread_time() - _COLLECTING.seconds
+
+
 _BUDGET: ContextVar[Budget | None] = ContextVar("budget", default=None)
 _DEADLINE: ContextVar[float] = ContextVar("deadline", default=float("inf"))
 
@@ -126,7 +150,7 @@ def spending(allowed: Budget) -> Iterator[None]:
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
     """All that is rendered in this context takes together `seconds` of processor time at most."""
-    token = _DEADLINE.set(min(_DEADLINE.get(), time.thread_time() + seconds))
+    token = _DEADLINE.set(min(_DEADLINE.get(), _seconds() + seconds))
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # In no template, and such that no template has a reason to change it.
 _PROBE = "reap0probe1of2a3template"
-_PROBING_SECONDS = 0.4  # of processor time; the slowest template published takes 0.05
+_PROBING_SECONDS = 0.5  # of processor time; the slowest template published takes 0.05
 _PROBE_TOOL: Tool = {
     "type": "function",
     "function": {
@@ -338,7 +338,7 @@ def _size(value: object) -> int:
 
 def _seconds(n_characters: int, n_messages: int) -> float:
     """Of processor time that one conversation may take: ten times what the slowest template published was seen to."""
-    return 0.25 + 0.001 * n_messages * n_messages + 1e-5 * n_characters
+    return 0.4 + 0.001 * n_messages * n_messages + 1e-5 * n_characters
 
 
 def _detail(error: Exception) -> str:
