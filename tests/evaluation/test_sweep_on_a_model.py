@@ -442,6 +442,7 @@ def test_a_sweep_without_a_file_prints_its_rows(work: Path, capsys: pytest.Captu
     assert "stopped after 1 of the sweep's models" in err
 
 
+@pytest.mark.filterwarnings("ignore:it will take about")  # on a slow machine it says so as well
 def test_short_of_time_it_uses_no_fewer_windows_than_are_enough(work: Path) -> None:
     with pytest.warns(ReapWarning, match="do not reach every layer once"):
         made = reap.refine(MODEL, work / "profile.json", DATA / "calibration.jsonl", keep=16, seconds=1, **OPTIONS)

@@ -20,7 +20,14 @@ from benchmarks import results
 from benchmarks.registry import BENCHMARKS, Benchmark, Figure, find
 
 # Scripts that measure nothing that is quoted: they make something, or need a machine that this project has not.
-NO_MEASUREMENT = {"architecture_table", "cuda_check", "trap_scores", "train_embedded_model", "small_model"}
+NO_MEASUREMENT = {
+    "architecture_survey",
+    "architecture_table",
+    "cuda_check",
+    "trap_scores",
+    "train_embedded_model",
+    "small_model",
+}
 
 each = pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
 

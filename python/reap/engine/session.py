@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 from reap.engine.devices import check_servers
 from reap.engine.options import EngineOptions, engine_fields, usable_cores
-from reap.errors import EngineError, UnsupportedModelError
+from reap.errors import EngineError, FormatError, UnsupportedModelError
 from reap.gguf.adapter import check_fits, read_adapter
 from reap.gguf.model_info import engine_refusal
 from reap.gguf.reader import GGUFModel, first_file
@@ -95,9 +95,13 @@ def open_vocabulary(path: PathLike) -> SessionTokenizer:
 
 
 def _check_types(path: PathLike) -> None:
-    """The engine's own word for a type that it does not know is "invalid ggml type"."""
-    with GGUFModel.open(path) as model:
-        refusal = engine_refusal(model)
+    """The engine's own word for a type that it does not know is "invalid ggml type"; of a file that is not sound, or
+    has text in another encoding, the engine itself says what it makes of it."""
+    try:
+        with GGUFModel.open(path) as model:
+            refusal = engine_refusal(model)
+    except FormatError:
+        return
     if refusal is not None:
         raise UnsupportedModelError(refusal)
 

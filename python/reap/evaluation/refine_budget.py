@@ -62,9 +62,10 @@ class Needs:
                 f"{_seconds_text(seconds)} do not reach every layer once on {min(self.n_windows, ENOUGH_WINDOWS)}"
                 f" windows of this text; about {_seconds_text(needed)} do"
             )
-        if seconds < elapsed + self.preparation and max_passes == math.inf:
+        in_all, asked = _seconds_text(elapsed + self.preparation), _seconds_text(seconds)
+        if seconds < elapsed + self.preparation and in_all != asked and max_passes == math.inf:
             yield (
-                f"it will take about {_seconds_text(elapsed + self.preparation)} instead of {_seconds_text(seconds)}:"
+                f"it will take about {in_all} instead of {asked}:"
                 f" to open the model, to run all of it on {min(self.n_windows, ENOUGH_WINDOWS)} windows, and to judge"
                 " the choice; nothing is searched"
             )
