@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap.errors import MismatchError
+from reap.files.atomic import write
 from reap.gguf.adapter import Adapter, check_fits, read_adapter, spread_adapter
 from reap.gguf.model_info import ModelInfo
 from reap.gguf.reader import GGUFModel
@@ -94,10 +95,7 @@ class Adapters:
         with tempfile.TemporaryDirectory(prefix="reap-adapter-") as folder:
             for index, adapter in enumerate(self._of_plans):
                 spread = Path(folder, f"{index}.gguf")
-                with open(spread, "wb") as file:
-                    for piece in spread_adapter(adapter.path, kept, self._info.n_experts).pieces():
-                        assert isinstance(piece, bytes)
-                        file.write(piece)
+                write(spread, spread_adapter(adapter.path, kept, self._info.n_experts))
                 wanted.append(spread)
             self._session.set_adapters(wanted)  # which reads them whole
         self._in_force = wanted

@@ -38,10 +38,10 @@ class Divided:
         return len(self.is_unseen)
 
 
-def divide(windows: Windows, *, keep_some_out: bool) -> Divided:
-    """Of ten windows one chooses λ and, with `keep_some_out`, another one is kept out of the fit."""
-    checked = [window for index, window in enumerate(windows) if keep_some_out and index % 10 == 4]
-    fitted = [(index, window) for index, window in enumerate(windows) if not keep_some_out or index % 10 != 4]
+def divide(windows: Windows) -> Divided:
+    """Of ten windows one chooses λ, and another one is kept out of the fit."""
+    checked = [window for index, window in enumerate(windows) if index % 10 == 4]
+    fitted = [(index, window) for index, window in enumerate(windows) if index % 10 != 4]
     is_unseen = np.concatenate([np.full(len(window), index % 10 == 9) for index, window in fitted])
     return Divided([window for _, window in fitted], is_unseen, checked)
 

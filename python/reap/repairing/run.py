@@ -271,7 +271,7 @@ class _Job:
                 f"{n_tokens:,} tokens of one layer do not fit the memory of {self.memory:,} bytes; every"
                 f" {step:.1f}th window was used"
             )
-        self.windows: Divided = divide(windows, keep_some_out=True)
+        self.windows: Divided = divide(windows)
 
     def _layer_bytes(self) -> int:
         """Bytes of one layer for a token, at the most: hidden states, and what enters the down projections."""
@@ -330,10 +330,7 @@ class _Job:
 
     def _apply(self, session: _core.Session) -> None:
         path = self.folder / "fitted.gguf"
-        with open(path, "wb") as file:
-            for piece in self.adapter("F32").pieces():
-                assert isinstance(piece, bytes)
-                file.write(piece)
+        write(path, self.adapter("F32"), force=True)
         session.set_adapters([path])
 
     def check(self) -> _Judged:
@@ -360,13 +357,12 @@ class _Job:
     def adapter(self, type_name: str) -> NewFile:
         """What was fitted so far, as a file to write."""
         text = ValueType.STRING
-        record = {**self.small.record(), "n_experts": self.small.n_experts}
         pairs = [
             encode_pair("general.name", f"repair of {self.small.name or self.small.path.stem}", text),
             encode_pair("reap.version", version(), text),
             encode_pair("reap.repair.rank", self.rank, ValueType.UINT32),
             encode_pair("reap.repair.kept", json.dumps(self._kept()), text),
-            encode_pair(MODEL_KEY, json.dumps(record), text),
+            encode_pair(MODEL_KEY, json.dumps(self.small.record()), text),
         ]
         factors = {f"blk.{layer}.ffn_down_exps.weight": (it.a, it.b) for layer, it in self.corrections.items()}
         return new_adapter(self.small.architecture, factors, pairs, type_name)
