@@ -17,9 +17,12 @@ from reap.cli.options import (
     RESUMES,
     AllowMismatch,
     CalibrationPaths,
+    Columns,
     Force,
     Json,
     Model,
+    SkipBadLines,
+    TemplateVariables,
     calibration_source,
     check_resumable,
     parse_variables,
@@ -66,19 +69,9 @@ class PromptOptions:
         ),
         READS,
     ] = "auto"
-    chat_template_kwargs: Annotated[
-        str | None,
-        typer.Option(
-            "--chat-template-kwargs", metavar="JSON", help='More for the template to read: {"enable_thinking": false}'
-        ),
-    ] = None
-    columns: Annotated[
-        list[str] | None,
-        typer.Option("--columns", metavar="ROLE=NAME,...", help="Names of the data's columns, as in text=story."),
-    ] = None
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Leave out lines that cannot be used, and count them.")
-    ] = False
+    chat_template_kwargs: TemplateVariables = None
+    columns: Columns = None
+    skip_bad_lines: SkipBadLines = False
 
     def arguments(self) -> dict[str, Any]:
         """As `generate` takes them."""

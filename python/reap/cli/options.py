@@ -105,6 +105,21 @@ BLEND = typer.Option(
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the metric random.")]
 
 
+TemplateVariables = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs", metavar="JSON", help='More for the template to read: {"enable_thinking": false}'
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--columns", metavar="ROLE=NAME,...", help="Names of the data's columns, as in text=story."),
+]
+SkipBadLines = Annotated[
+    bool, typer.Option("--skip-bad-lines", help="Leave out lines that cannot be used, and count them.")
+]
+
+
 # ---- families of options, each of which a command receives as one object
 
 
@@ -122,12 +137,7 @@ class TextOptions:
         ),
         READS,
     ] = "none"
-    chat_template_kwargs: Annotated[
-        str | None,
-        typer.Option(
-            "--chat-template-kwargs", metavar="JSON", help='More for the template to read: {"enable_thinking": false}'
-        ),
-    ] = None
+    chat_template_kwargs: TemplateVariables = None
     mask: Annotated[
         str,
         typer.Option(
@@ -141,13 +151,8 @@ class TextOptions:
         bool, typer.Option("--no-parse-special", help="Read special tokens in texts as plain text.")
     ] = False
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Stop after N tokens.")] = None
-    columns: Annotated[
-        list[str] | None,
-        typer.Option("--columns", metavar="ROLE=NAME,...", help="Names of the data's columns, as in text=story."),
-    ] = None
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Leave out lines that cannot be used, and count them.")
-    ] = False
+    columns: Columns = None
+    skip_bad_lines: SkipBadLines = False
 
     def arguments(self) -> dict[str, Any]:
         """As `profile` takes them."""
